@@ -1,0 +1,77 @@
+"""Evaluate a model or adapter on a task's held-out problems. `python -m eval --model MODEL --task TASK`"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.evaluate import evaluate, summary_table
+from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, parse_config, require, user_errors
+from sft_core.policy import Source, check_context, find_source, load_policy
+from sft_core.prompts import drop_long_prompts
+from sft_core.runlog import RunFolder, append_jsonl
+from sft_core.tasks import Example, load_heldout
+
+
+@dataclass(frozen=True)
+class EvalConfig(TaskConfig, ModelConfig, RunConfig):
+    """Greedy evaluation."""
+
+    batch_size: int = flag(32, "problems asked at once")
+    max_completion_tokens: int = flag(256, "completion budget; a completion that reaches it counts as truncated")
+    tensorboard: bool = flag(False, "write TensorBoard events")
+
+    def check(self) -> None:
+        for part in (TaskConfig, ModelConfig, RunConfig):
+            part.check(self)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
+        require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """A checked configuration; no weight has been read."""
+
+    config: EvalConfig
+    heldout: list[Example]
+    source: Source
+
+    def run(self) -> Path:
+        """Ask, print the summary, write `answers.jsonl` and the summary to the run folder."""
+        config = self.config
+        folder = RunFolder(config, "eval")
+        policy = load_policy(config, self.source)
+        examples = drop_long_prompts(self.heldout, policy.tokenizer, config)
+        result = evaluate(
+            policy, examples, config, config.max_completion_tokens, config.batch_size, config.progress
+        )
+        append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
+        folder.log("eval", 0, result.summary())
+        folder.close()
+        print(summary_table({config.model: result.summary()}))
+        return folder.path
+
+
+def prepare(config: EvalConfig) -> EvalJob:
+    """Read the task and the model's configuration, and refuse what cannot work.
+
+    Raises:
+        ValueError: as `load_heldout`, `find_source` and `check_context`.
+    """
+    source = find_source(config)
+    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    return EvalJob(config, load_heldout(config), source)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with user_errors():
+        job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv))
+    print(f"answers and summary: {job.run()}")
+
+
+if __name__ == "__main__":
+    main()

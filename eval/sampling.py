@@ -1,0 +1,135 @@
+"""Completions from a policy, through `model.generate`, drawn from exactly the distribution that the learner scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sft_core.policy import Policy
+from sft_core.rows import Rows, pad
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing off."""
+
+    max_completion_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N completions, in the order of their prompts."""
+
+    rows: Rows
+    texts: list[str]  # decoded for people and rewards; never tokenized again
+    truncated_N: Tensor  # bool: the budget ended the completion, not the model
+    logp_NT: Tensor  # float32: each token's log-probability as the sampler computed it; 0 on padding, empty when greedy
+
+
+class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
+    """Keeps each sampled token's log-probability without keeping any step's logits.
+
+    `generate` calls it with the logits of step t; the token drawn from them is the last of `input_ids` at step t + 1.
+    It runs before the temperature is applied, hence the division here.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.pending: Tensor | None = None
+        self.logp: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.settle(input_ids[:, -1])
+        self.pending = scores.float() / self.temperature
+        return scores
+
+    def settle(self, token_N: Tensor) -> None:
+        if self.pending is not None:
+            chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
+            self.logp.append(chosen_N - self.pending.logsumexp(dim=-1))
+            self.pending = None
+
+
+def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
+    """One completion for each prompt (token lists), all in one batch.
+
+    The model's shipped generation settings (repetition penalty, top-k, top-p) are not inherited: a policy gradient needs
+    samples of the policy itself, and an evaluation the same decoding for every model.
+    """
+    greedy = sampling.temperature == 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_completion_tokens,
+        do_sample=not greedy,
+        eos_token_id=list(policy.eos_ids),
+        pad_token_id=policy.pad_id,
+        **({} if greedy else {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p or None,
+        }),
+    )
+    prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
+    prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
+    P = prompt_NP.shape[1]
+    attention_NP = (torch.arange(P, device=policy.device) >= P - prompt_len_N[:, None]).long()
+    recorder = _LogprobRecorder(sampling.temperature)
+    with torch.inference_mode(), _ready_to_generate(policy.model), policy.precision.autocast():
+        ids_NL = policy.model.generate(
+            input_ids=prompt_NP,
+            attention_mask=attention_NP,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([] if greedy else [recorder]),
+        )
+        recorder.settle(ids_NL[:, -1])
+    ids_NL = ids_NL.clone()  # outside inference mode: a tensor that autograd may save
+    completion_len_N, ended_N = completion_lengths(ids_NL[:, P:], policy.eos_ids)
+    rows = Rows(ids_NL, prompt_len_N, completion_len_N, P)
+    logp_NT = torch.stack(recorder.logp, dim=1).clone() if recorder.logp else torch.empty(len(prompts), 0)
+    if recorder.logp:
+        logp_NT = torch.where(rows.mask_NT, logp_NT, 0.0)
+    return Samples(rows, decode(policy, rows), ~ended_N, logp_NT)
+
+
+def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Length up to and including the first end-of-sequence id, and whether there was one. What follows is filler.
+
+    >>> lengths, ended = completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7], [3, 5, 2]]), eos_ids=[2, 3])
+    >>> lengths.tolist(), ended.tolist()
+    ([2, 3, 1], [True, False, True])
+    """
+    is_eos_NT = torch.isin(completion_NT, torch.tensor(list(eos_ids), device=completion_NT.device))
+    ended_N = is_eos_NT.any(dim=1)
+    first_N = is_eos_NT.int().argmax(dim=1) + 1  # argmax finds the first of equal values
+    return torch.where(ended_N, first_N, completion_NT.shape[1]), ended_N
+
+
+def decode(policy: Policy, rows: Rows) -> list[str]:
+    """Each completion's text without special tokens."""
+    lengths = rows.completion_len_N.tolist()
+    ids = [row[:n] for row, n in zip(rows.completion_NT.tolist(), lengths, strict=True)]
+    return list(policy.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """In eval mode, so that dropout is off and gradient checkpointing does not disable the cache, and with an empty
+    generation config on the model: `generate` fills whatever ours leaves unset from the model's."""
+    was_training, shipped = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+        model.train(was_training)

@@ -1,0 +1,58 @@
+"""How much better than its group was a completion? (DeepSeekMath, arXiv 2402.03300, section 4.1.2)"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Keeps a tiny spread from blowing up; the size is TRL's (grpo_trainer.py, 1.16.0, lines 2750-2818).
+EPSILON = 1e-4
+
+
+def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
+    """A = (r - mean of its group) / spread: the spread of its group, of the whole batch, or 1.
+
+    The mean is the baseline: it lowers the variance of the gradient and leaves its direction alone (up to the factor
+    (G - 1) / G, because a completion is part of its own baseline). Dividing by the group's spread weights hard and easy
+    prompts alike, a bias that Dr. GRPO (arXiv 2503.20783) avoids with `none`. Standard deviations are over n - 1.
+
+    A reward that is NaN (no reward function had an opinion) is left out of means and spreads and gets advantage 0.
+    A group whose rewards are all equal gets advantage exactly 0: decided by max == min, since the rounded mean of twelve
+    0.01s is not 0.01 and the quotient of two rounding errors is anything.
+
+    Args:
+        reward_BG: float32 rewards of G completions for each of B prompts.
+
+    Returns:
+        advantage_BG: float32.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]))
+    tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), scale="none")
+    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500]])
+    """
+    centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)
+    centered_BG = torch.where(zero_spread(reward_BG)[:, None], 0.0, centered_BG)
+    if scale == "group":
+        centered_BG = centered_BG / (nan_std(reward_BG) + EPSILON)
+    elif scale == "batch":
+        centered_BG = centered_BG / (nan_std(reward_BG.flatten()[None]) + EPSILON)
+    return torch.where(centered_BG.isnan(), 0.0, centered_BG)
+
+
+def zero_spread(reward_BG: Tensor) -> Tensor:
+    """True for the groups that teach nothing: all their rewards are equal, or fewer than two are known."""
+    known_BG = ~reward_BG.isnan()
+    highest_B = torch.where(known_BG, reward_BG, -torch.inf).amax(dim=1)
+    lowest_B = torch.where(known_BG, reward_BG, torch.inf).amin(dim=1)
+    return highest_B <= lowest_B
+
+
+def nan_std(values_RC: Tensor) -> Tensor:
+    """Standard deviation of each row over n - 1, leaving NaNs out; (R, 1), NaN for rows of fewer than two values."""
+    known = ~values_RC.isnan()
+    deviation = torch.where(known, values_RC - values_RC.nanmean(dim=1, keepdim=True), 0.0)
+    return (deviation.square().sum(dim=1, keepdim=True) / (known.sum(dim=1, keepdim=True) - 1)).sqrt()

@@ -1,0 +1,58 @@
+"""pi_ref: a frozen copy of the policy as it was when GRPO began, so that KL starts at 0 whatever the policy started from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sft_core.logprobs import token_logprobs
+from sft_core.policy import Policy, is_adapted
+from sft_core.rows import Rows
+
+ADAPTER = "reference"
+
+
+class Reference:
+    """With full fine-tuning, a second model. With LoRA, a second adapter on the same base model: a few megabytes.
+
+    The base model without any adapter is not the reference of a policy that starts from an SFT adapter.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        if is_adapted(policy.model):
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+            model = policy.model
+            start = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+            model.add_adapter(ADAPTER, copy.deepcopy(model.peft_config["default"]))
+            set_peft_model_state_dict(model, start, adapter_name=ADAPTER)
+            model.set_adapter("default")
+            self.policy = policy
+        else:
+            self.policy = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False).eval())
+
+    @torch.no_grad()
+    def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
+        """log pi_ref of each completion token, (N, T) float32, 0 on padding."""
+        logp_NT = torch.zeros_like(rows.completion_NT, dtype=torch.float32)
+        with self._active():
+            for at, micro in rows.micro_batches(micro_batch):
+                logp_NT[at, : micro.completion_NT.shape[1]] = token_logprobs(self.policy, micro, temperature)[0]
+        return logp_NT
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        model = self.policy.model
+        if not is_adapted(model):
+            yield
+            return
+        model.set_adapter(ADAPTER, inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter("default")

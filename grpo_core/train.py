@@ -1,0 +1,181 @@
+"""The run around the step: prepare, measure, train, measure again, report. `python -m grpo_core.train`"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import set_seed
+
+from eval.evaluate import Evaluation, evaluate, summary_table
+from grpo_core.config import GRPOConfig
+from grpo_core.metrics import extracted_and_expected, step_record
+from grpo_core.reference import Reference
+from grpo_core.step import Learner, StepReport, grpo_step
+from grpo_core.warmstart import tiny_sft
+from rewards import Reward, load_rewards
+from sft_core.config import parse_config, user_errors
+from sft_core.optim import Optimizer
+from sft_core.policy import Policy, Source, check_context, find_source, load_policy, without_dropout
+from sft_core.prompts import drop_long_prompts
+from sft_core.runlog import RunFolder, append_jsonl
+from sft_core.tasks import Example, Task, load_task
+
+PRESETS = Path(__file__).parent / "presets"
+SKIPPED_STEPS_IN_A_ROW = 5  # then the run stops: the weights, not the batch, are at fault
+
+
+@dataclass(frozen=True)
+class GRPOJob:
+    """A checked configuration: everything that a user can get wrong has been looked at, no weight has been read."""
+
+    config: GRPOConfig
+    task: Task
+    rewards: list[Reward]
+    source: Source | None  # None: the built-in model
+
+    def run(self) -> Path:
+        """Train; print the comparison of before and after; return the run folder."""
+        config = self.config
+        source = self.source or find_source(replace(config, model=str(tiny_sft(config))))
+        folder = RunFolder(config, "grpo")
+        set_seed(config.seed)
+        policy = load_policy(config, source)
+        task = self.task.filtered(lambda examples: drop_long_prompts(examples, policy.tokenizer, config))
+        reference = Reference(policy) if config.beta else None
+        without_dropout(policy.model)
+        steps = config.max_steps or math.ceil(config.epochs * (task.size or 0) / config.prompts_per_step)
+        learner = Learner(config, policy, reference, self.rewards, Optimizer(policy, config, steps))
+
+        before = held_out(policy, task, config, folder, step=0)
+        train(learner, task, folder, steps)
+        after = held_out(policy, task, config, folder, step=steps)
+
+        final = folder.save_final(policy)
+        folder.close()
+        if before and after:
+            print(comparison(before, after))
+            summaries = {"before": before.summary(), "after": after.summary()}
+            (folder.path / "summary.json").write_text(json.dumps(summaries, indent=2) + "\n")
+        print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
+        return folder.path
+
+
+def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
+    """`steps` steps of Algorithm 1 with what people want to see of them."""
+    config, policy = learner.config, learner.policy
+    skipped = 0
+    policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
+    bar = tqdm(range(1, steps + 1), desc="GRPO", disable=not config.progress, unit="step")
+    for step in bar:
+        examples = task.draw((step - 1) * config.prompts_per_step, config.prompts_per_step, config.seed)
+        report = grpo_step(learner, examples)
+
+        record = step_record(report, examples, config)
+        skipped = 0 if math.isfinite(report.grad_norm) else skipped + 1
+        bar.set_postfix(reward=f"{record['reward_mean']:.2f}", accuracy=f"{record['accuracy']:.0%}",
+                        length=f"{record['length_mean']:.0f}")
+        if step % config.log_every == 0 or step == steps:
+            epoch = step * config.prompts_per_step / task.size if task.size else 0.0
+            about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed, "skipped_steps": skipped}
+            folder.log("train", step, {**about, **record})
+        append_jsonl(folder.path / "completions.jsonl", completion_records(step, report, examples, config))
+        if config.show_every and step % config.show_every == 0:
+            bar.write(shown_sample(step, report, examples, config))
+        if skipped == SKIPPED_STEPS_IN_A_ROW:
+            raise FloatingPointError(f"{skipped} steps in a row had a gradient that is not finite; see {folder.path}")
+        if config.eval_every and step % config.eval_every == 0 and step != steps:
+            held_out(policy, task, config, folder, step)
+        if config.save_every and step % config.save_every == 0 and step != steps:
+            folder.save_checkpoint(policy, step)
+
+
+def held_out(policy: Policy, task: Task, config: GRPOConfig, folder: RunFolder, step: int) -> Evaluation | None:
+    """Greedy accuracy on the task's held-out problems, logged; None where the task has none."""
+    if not task.heldout:
+        return None
+    result = evaluate(
+        policy, task.heldout, config, config.max_completion_tokens, config.eval_batch_size, config.progress
+    )
+    folder.log("eval", step, result.summary())
+    return result
+
+
+def completion_records(
+    step: int, report: StepReport, examples: Sequence[Example], config: GRPOConfig
+) -> list[dict[str, Any]]:
+    """A record for each sampled completion."""
+    extracted, expected = extracted_and_expected(report, examples, config)
+    reward_N, advantage_N = report.reward_BG.flatten().tolist(), report.advantage_BG.flatten().tolist()
+    lengths_N, truncated_N = report.samples.rows.completion_len_N.tolist(), report.samples.truncated_N.tolist()
+    return [
+        {
+            "step": step,
+            "group": row // config.group_size,
+            "question": examples[row // config.group_size].question,
+            "expected": expected[row],
+            "response": report.samples.texts[row],
+            "extracted": extracted[row],
+            "reward": reward_N[row],
+            "rewards": {name: values[row] for name, values in report.scores.by_function.items()},
+            "advantage": advantage_N[row],
+            "tokens": lengths_N[row],
+            "truncated": truncated_N[row],
+        }
+        for row in range(len(expected))
+    ]
+
+
+def shown_sample(step: int, report: StepReport, examples: Sequence[Example], config: GRPOConfig) -> str:
+    """The step's first completion, for the person who watches."""
+    first = completion_records(step, report, examples, config)[0]
+    return (
+        f"--- step {step}, reward {first['reward']:.2f}\nQuestion:  {first['question']}\nExpected:  {first['expected']}\n"
+        f"Response:  {indented(first['response'])}\nExtracted: {first['extracted'] or '(no answer found)'}"
+    )
+
+
+def indented(text: str) -> str:
+    return text.strip().replace("\n", "\n" + " " * 11)
+
+
+def comparison(before: Evaluation, after: Evaluation) -> str:
+    """The table of before and after, and three problems answered by both: those that changed for the better first."""
+    first, last = before.summary(), after.summary()
+    pairs = list(zip(before.answers, after.answers, strict=True))
+    pairs.sort(key=lambda pair: pair[1].strict - pair[0].strict, reverse=True)
+    lines = ["", "Held-out problems, greedy answers, 95% intervals:", "", summary_table({"before": first, "after": last}), "",
+             f"accuracy gain: {100 * (last['accuracy'] - first['accuracy']):+.1f} points", ""]
+    for old, new in pairs[:3]:
+        lines += [f"Question:  {old.question}", f"Expected:  {old.expected}", f"Before:    {indented(old.response)}",
+                  f"After:     {indented(new.response)}", ""]
+    return "\n".join(lines)
+
+
+def prepare(config: GRPOConfig) -> GRPOJob:
+    """Read the rewards, the task and the model's configuration, and refuse what cannot work.
+
+    Raises:
+        ValueError: as `load_rewards`, `load_task`, `find_source` and `check_context`.
+    """
+    rewards = load_rewards(config.rewards, config.reward_weights)
+    source = None if config.model == "tiny" else find_source(config)
+    if source:
+        check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    return GRPOJob(config, load_task(config, config.seed), rewards, source)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with user_errors():
+        job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+    job.run()
+
+
+if __name__ == "__main__":
+    main()

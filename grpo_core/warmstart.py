@@ -1,0 +1,34 @@
+"""The built-in model's supervised start: an SFT run of its own beside the GRPO run, made once and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import sft_core
+from grpo_core.config import GRPOConfig
+from sft_core.config import as_yaml, parse_config
+from sft_core.train import PRESETS, SFTConfig, prepare
+
+
+def tiny_sft(config: GRPOConfig) -> Path:
+    """The final model of the built-in SFT run for this task and seed: trained now, or by an earlier run."""
+    sft = parse_config(SFTConfig, ["--preset", "tiny"], PRESETS)
+    same = ("task", "difficulty", "prompt_format", "shots", "system_prompt", "max_prompt_tokens", "eval_problems", "seed",
+            "device", "progress")
+    sft = replace(sft, **{name: getattr(config, name) for name in same})
+    # A changed setting or a changed line of sft_core makes another start.
+    sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.glob("*.py")))
+    key = hashlib.sha256(as_yaml(replace(sft, progress=True)).encode() + sources).hexdigest()[:8]
+    runs = Path(config.output_dir).parent if config.output_dir else Path("runs")
+    folder = runs / f"tiny-sft-{key}"
+    if (folder / "final").is_dir():
+        print(f"starting from the SFT model of an earlier run: {folder}")
+        return folder / "final"
+    print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # an earlier attempt that was stopped
+    prepare(replace(sft, output_dir=str(unfinished))).run()
+    return unfinished.rename(folder) / "final"

@@ -1,0 +1,228 @@
+"""Configuration: frozen dataclasses whose fields are the command line's flags, layered preset < --config file < flags.
+
+A config file (and a preset, which is such a file inside a package) holds `field: value` lines. It is read as if its lines
+had been typed as flags before the real ones, so types, choices and errors are the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field whose help text is the flag's."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned or asked."""
+
+    task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in, endless), or the path of a JSONL file")
+    eval_file: str | None = flag(None, "JSONL of held-out problems for a JSONL task; default: rows split off the task's end")
+    difficulty: int = flag(3, "arithmetic: the most operations in a problem (the fewest is one less)")
+    max_samples: int = flag(0, "use only the first so many training problems; 0: all")
+    eval_problems: int = flag(200, "how many held-out problems an evaluation asks")
+    prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
+    shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
+    system_prompt: str | None = flag(None, "replaces the format's own system prompt; '' sends none")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped, and counted, before training starts")
+
+    def check(self) -> None:
+        require(self.task in ("gsm8k", "arithmetic") or Path(self.task).is_file(), "task", self.task,
+                "gsm8k, arithmetic, or the path of an existing JSONL file")
+        require(self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file")
+        require(1 <= self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
+        require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
+        for name in ("max_samples", "eval_problems"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "1 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Who learns or answers."""
+
+    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub name, model folder or adapter folder; 'tiny': the built-in one")
+    adapter_path: str | None = flag(None, "a LoRA adapter to load on --model (and to train further)")
+    from_scratch: bool = flag(False, "random weights in the shape of --model's config.json instead of its weights")
+    config_overrides: list[str] = flag([], "with --from_scratch: key=value pairs that replace entries of config.json")
+    lora: bool = flag(False, "train a new LoRA adapter instead of all weights (extra: lora)")
+    lora_r: int = flag(16, "LoRA rank")
+    lora_alpha: int = flag(32, "LoRA scale; the update is multiplied by alpha / r")
+    lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without any dropout")
+    lora_targets: list[str] = flag(["all-linear"], "names of the adapted layers; all-linear: all but the output head")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
+
+    def check(self) -> None:
+        require(not (self.lora and self.adapter_path), "lora", self.lora,
+                "either --lora (a new adapter) or --adapter_path (one to train further), not both")
+        require(self.from_scratch or not self.config_overrides, "config_overrides", self.config_overrides,
+                "only together with --from_scratch")
+        require(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights move: AdamW, a schedule, a bound on the gradient."""
+
+    lr: float = flag(1e-6, "peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("linear", "decay to 0 after the warm-up, or none")
+    warmup_ratio: float = flag(0.0, "share of the steps over which the learning rate rises from 0")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the gradient mean")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient")
+    weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
+    max_steps: int = flag(0, "optimizer batches to train on; 0: as many as --epochs gives")
+    epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
+    micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")
+    seed: int = flag(42, "of weights, data order, sampling")
+
+    def check(self) -> None:
+        require(self.lr > 0, "lr", self.lr, "more than 0")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 or more and below 1")
+        require(self.max_steps > 0 or self.epochs > 0, "epochs", self.epochs, "more than 0 (or --max_steps)")
+        for name in ("max_grad_norm", "weight_decay", "max_steps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is written where. The run folder holds everything that a run leaves behind."""
+
+    output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
+    log_every: int = flag(1, "steps between log lines")
+    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only before and after")
+    save_every: int = flag(0, "steps between checkpoints (Hugging Face format); 0: only the final model")
+    tensorboard: bool = flag(True, "write TensorBoard events")
+    progress: bool = flag(True, "draw progress bars")
+
+    def check(self) -> None:
+        require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+        for name in ("eval_every", "save_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        folder = Path(self.output_dir)
+        require(not self.output_dir or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+                "output_dir", self.output_dir, "a folder that is new or empty: earlier runs are never overwritten")
+
+
+def require(condition: bool, name: str, value: Any, accepted: str) -> None:
+    """Raise the ValueError that names the flag, the value found and what would be accepted."""
+    if not condition:
+        raise ValueError(f"--{name} {value}: expected {accepted}")
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are exceptions of one line that name the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+    def unknown(self, flags: Sequence[str]) -> NoReturn:
+        name = next((f for f in flags if f.startswith("--")), flags[0]).split("=")[0]
+        known = [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+
+
+def parse_config(
+    cls: type[ConfigT], argv: Sequence[str], presets: Path | None = None, default_preset: str | None = None
+) -> ConfigT:
+    """Preset, then config file, then flags, each overriding the one before; then the config's own `check()`.
+
+    `default_preset` is used where the command line names neither a preset, nor a config file, nor a model.
+
+    Raises:
+        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check.
+    """
+    names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
+    parser = _Parser(cls, allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0])
+    if presets:
+        parser.add_argument("--preset", choices=names, help=f"named settings; default: {default_preset}, unless --model or "
+                            "--config is given")
+    parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
+    given, _ = parser.parse_known_args(list(argv))
+    preset = getattr(given, "preset", None)
+    if preset is None and not {arg.split("=")[0] for arg in argv} & {"--model", "--config"}:
+        preset = default_preset
+    values: dict[str, Any] = {}
+    if presets and preset:
+        values |= _read_file(presets / f"{preset}.yaml", parser, cls)
+    if given.config:
+        values |= _read_file(given.config, parser, cls)
+    config, _, unknown = parser.parse_args_into_dataclasses(
+        [*_as_flags(values), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.unknown(unknown)
+    config.check()
+    return config  # type: ignore[no-any-return]
+
+
+def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected `flag: value` lines")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        parser.parse_known_args(_as_flags(values))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    return values
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    """`{"lr": 1e-4, "rewards": ["a", "b"]}` as `["--lr=0.0001", "--rewards", "a", "b"]`; None means the default."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def as_yaml(config: Any) -> str:
+    """The resolved config as a file that `--config` accepts."""
+    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError, which names what the user got wrong, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except argparse.ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,57 @@
+"""The optimizer: AdamW over float32 masters, its learning-rate schedule, and one step under a GradScaler."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import get_scheduler
+
+from sft_core.config import OptimConfig
+from sft_core.policy import Policy
+
+
+class Optimizer:
+    """What `loss.backward()` leaves in `.grad`, turned into a step. `lr` is the rate that the next step will use."""
+
+    def __init__(self, policy: Policy, config: OptimConfig, total_steps: int) -> None:
+        decayed = [p for name, p in policy.trainable() if p.ndim >= 2]
+        kept = [p for name, p in policy.trainable() if p.ndim < 2]  # biases and norms
+        self.parameters = decayed + kept
+        self.max_grad_norm = config.max_grad_norm or float("inf")
+        self.scaler = policy.precision.grad_scaler()
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            fused=True,
+        )
+        warmup_steps = round(config.warmup_ratio * total_steps)
+        name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+        self.schedule = get_scheduler(name, self.adamw, warmup_steps, total_steps)
+
+    @property
+    def lr(self) -> float:
+        return float(self.adamw.param_groups[0]["lr"])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradient, times the scaler's factor, to `.grad`."""
+        self.scaler.scale(loss).backward()
+
+    def clip_and_step(self) -> tuple[float, bool]:
+        """Clip, step, advance the schedule, clear the gradients. A gradient that is not finite moves neither weights nor
+        schedule.
+
+        Returns:
+            The gradient's norm before clipping, and whether the same batch should be learned again: under fp16 the
+            scaler's factor was too large, and has been halved. A gradient that is infinite at factor 1 is a real one.
+        """
+        self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.scaler.step(self.adamw)
+            self.schedule.step()
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        return grad_norm, not finite and self.scaler.get_scale() > 1

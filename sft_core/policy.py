@@ -1,0 +1,201 @@
+"""The policy: a causal language model with its tokenizer, its precision and the ids that end a sequence; loading, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from sft_core.config import ModelConfig
+from sft_core.precision import Precision, pick_device, pick_precision
+
+# For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
+PLAIN_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """pi_theta. `eos_ids`: every id that ends a sequence, the tokenizer's own first (that one ends demonstrations)."""
+
+    model: Any  # PreTrainedModel or PeftModel
+    tokenizer: Any
+    precision: Precision
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """Hugging Face format: the model's safetensors, config and tokenizer, or the adapter's where there is one."""
+        if is_adapted(self.model):
+            self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def is_adapted(model: Any) -> bool:
+    """True for a peft model."""
+    return hasattr(model, "peft_config")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a policy's weights come from and what its config.json says: found out before any weight is read."""
+
+    base: str
+    adapter: str | None
+    model_config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model can hold, in tokens."""
+        return int(getattr(self.model_config, "max_position_embeddings", 0)) or 2**31
+
+
+def find_source(config: ModelConfig) -> Source:
+    """Resolve --model and --adapter_path, reading configuration files only.
+
+    `--model` may itself be an adapter folder, which names its base model.
+
+    Raises:
+        ValueError: no such folder, unreachable hub, an adapter without its config, an unknown --config_overrides key.
+    """
+    base, adapter = config.model, config.adapter_path
+    for flag, folder in (("--model", base), ("--adapter_path", adapter)):
+        if folder is not None and _is_a_path(folder) and not Path(folder).is_dir():
+            raise ValueError(f"{flag} {folder}: no such folder")
+    if adapter is None and (Path(base) / "adapter_config.json").is_file():
+        adapter = base
+    if adapter is not None:
+        description = Path(adapter) / "adapter_config.json"
+        if not description.is_file():
+            raise ValueError(f"--adapter_path {adapter}: holds no adapter_config.json, so it is not a LoRA adapter")
+        if adapter == base:
+            base = json.loads(description.read_text())["base_model_name_or_path"]
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(base)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"--model {base}: neither a model folder here nor to be had from the hub ({reason})") from error
+    values.update(_overrides(config.config_overrides, values))
+    generation_config = GenerationConfig()
+    with contextlib.suppress(OSError):  # many models ship none
+        generation_config = GenerationConfig.from_pretrained(base)
+    return Source(base, adapter, AutoConfig.for_model(**values), generation_config)
+
+
+def _is_a_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; anything rooted, deeper, or below an existing folder is meant as a path."""
+    path = Path(name)
+    return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or Path(path.parts[0]).is_dir()
+
+
+def _overrides(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """`["hidden_size=64"]` as a dict, each value read as JSON.
+
+    >>> _overrides(["hidden_size=64", "hidden_act=gelu"], {"hidden_size": 896, "hidden_act": "silu"})
+    {'hidden_size': 64, 'hidden_act': 'gelu'}
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"--config_overrides {pair}: expected key=value with a key of the model's config.json")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
+
+
+def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
+    """Tokenizer and model in float32 on the chosen device, with its LoRA adapter loaded or newly made where asked.
+
+    Weights are read from safetensors only and no code from a model's repository is run.
+
+    Raises:
+        ValueError: as `find_source`; a model without an end-of-sequence token; --lora without the peft package.
+    """
+    source = source or find_source(config)
+    device = pick_device(config.device)
+    tokenizer = AutoTokenizer.from_pretrained(source.adapter or source.base)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    eos_ids = end_of_sequence_ids(tokenizer, source)
+    if config.from_scratch:
+        model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32)
+        model.generation_config = source.generation_config
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, use_safetensors=True)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if source.adapter is not None or config.lora:
+        model = _adapt(model, config, source)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    return Policy(model.to(device).eval(), tokenizer, pick_precision(config.precision, device), eos_ids, pad_id)
+
+
+def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
+    """Every end-of-sequence id of the tokenizer, the generation config and the model config, in that order.
+
+    Qwen2.5-Instruct has two: <|im_end|> ends a turn, <|endoftext|> ends a document; the model may stop with either.
+    """
+    found: list[int] = []
+    for ids in (tokenizer.eos_token_id, source.generation_config.eos_token_id, source.model_config.eos_token_id):
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not found:
+        raise ValueError(f"--model {source.base}: has no end-of-sequence token, so its completions would never end")
+    return tuple(dict.fromkeys(found))
+
+
+def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
+    """Put a LoRA adapter on the model: the one at `source.adapter`, to be trained further, or a new one that adds 0."""
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        flag = "--lora" if config.lora else f"the adapter {source.adapter}"
+        raise ValueError(f"{flag} needs the peft package: pip install '.[lora]'") from error
+    if source.adapter is not None:
+        return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def check_context(source: Source, prompt_tokens: int, completion_tokens: int) -> None:
+    """Raises:
+    ValueError: prompt and completion budgets together exceed the model's context.
+    """
+    if prompt_tokens + completion_tokens > source.context:
+        raise ValueError(
+            f"--max_prompt_tokens {prompt_tokens} + --max_completion_tokens {completion_tokens}: together more than the "
+            f"{source.context} tokens that {source.base} can hold"
+        )
+
+
+def without_dropout(model: Any) -> None:
+    """Turn off every dropout for good. In GRPO the sampler (eval mode) and the learner (train mode, which gradient
+    checkpointing needs) must be one and the same distribution, or the ratio does not start at 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # attention layers keep theirs as a plain number
+                setattr(module, name, 0.0)

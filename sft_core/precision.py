@@ -1,0 +1,67 @@
+"""Which arithmetic a run uses. Master weights and optimizer state are float32 in every case.
+
+Autocast runs the matrix products in half precision; log-softmax, ratios, KL and sums stay in float32. fp16 has a largest
+value of 65,504 and a smallest normal one of 6e-5, so its gradients need a GradScaler: the loss is multiplied by a large
+factor before the backward pass, gradients are divided by it before clipping, and a step whose gradients overflowed is
+undone by halving the factor and computing it again. bf16 has float32's range and needs none.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`autocast_dtype` None means plain float32."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def name(self) -> str:
+        return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss under fp16; a no-op under bf16 and float32."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: `name` is not a device that PyTorch has here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try auto or cpu") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """Resolve `auto`, `float32`, `bf16` or `fp16` for a device (design contract 7)."""
+    if name == "auto":
+        name = _best(device)
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return Precision(device, dtype)
+
+
+def _best(device: torch.device) -> str:
+    if device.type == "cuda":
+        # Compute capability, not torch.cuda.is_bf16_supported(): that says yes on a T4 (7.5), which only emulates bf16
+        # and is several times slower in it than in fp16.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return "bf16"
+    return "float32"

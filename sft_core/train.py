@@ -1,0 +1,158 @@
+"""Supervised fine-tuning: teach a language model to answer as the demonstrations do. `python -m sft_core.train`
+
+The loss is the mean negative log-probability of the demonstration's tokens, its end-of-sequence token included; prompts
+are read but not learned.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import set_seed
+
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, parse_config, require, user_errors
+from sft_core.logprobs import token_logprobs
+from sft_core.optim import Optimizer
+from sft_core.policy import Policy, Source, check_context, find_source, load_policy
+from sft_core.prompts import (
+    FORMATS,
+    demonstration,
+    drop_long_prompts,
+    encode_completion,
+    encode_prompt,
+    prompt_messages,
+)
+from sft_core.rows import Rows, pack_rows
+from sft_core.runlog import RunFolder, Stopwatch
+from sft_core.tasks import Example, Task, load_task
+from sft_core.tiny import build_tiny
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class SFTConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
+    """Supervised fine-tuning."""
+
+    batch_size: int = flag(16, "demonstrations in an optimizer step, learned --micro_batch at a time")
+    max_completion_tokens: int = flag(512, "longer demonstrations are cut, so they teach no end")
+    worked_share: float = flag(1.0, "share of demonstrations that show their working; the others only state the answer")
+
+    def check(self) -> None:
+        for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
+            part.check(self)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
+        require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
+        require(self.task != "arithmetic" or self.max_steps > 0, "max_steps", self.max_steps,
+                "more than 0: the arithmetic task has no end")
+
+
+def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: SFTConfig) -> Rows:
+    """Prompts and demonstrations as token rows on the policy's device."""
+    fmt = FORMATS[config.prompt_format]
+    prompts, completions = [], []
+    for example in examples:
+        # By the question's hash, so that a problem is demonstrated the same way in every epoch.
+        terse = zlib.crc32(example.question.encode()) % 1000 >= config.worked_share * 1000
+        prompts.append(encode_prompt(policy.tokenizer, prompt_messages(example, config)))
+        text = demonstration(example, fmt, terse)
+        ids = encode_completion(policy.tokenizer, text, policy.eos_ids[0])
+        completions.append(ids[: config.max_completion_tokens])
+    return pack_rows(prompts, completions, policy.pad_id).to(policy.device)
+
+
+def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows, micro_batch: int) -> dict[str, float]:
+    """One optimizer step on a batch. The weight of a token is 1 / (tokens in the batch), so micro-batches simply add."""
+    weight = 1.0 / float(rows.completion_len_N.sum())
+    again = True
+    while again:  # once; under fp16 until nothing overflows
+        loss = torch.zeros((), device=policy.device)
+        for _, micro in rows.micro_batches(micro_batch):
+            logp_NT, _ = token_logprobs(policy, micro)
+            micro_loss = -(weight * logp_NT).sum()
+            optimizer.backward(micro_loss)
+            loss += micro_loss.detach()
+        grad_norm, again = optimizer.clip_and_step()
+    return {"loss": loss.item(), "grad_norm": grad_norm}
+
+
+@torch.no_grad()
+def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig) -> float:
+    """Mean negative log-probability per demonstration token on held-out problems."""
+    rows = encode_demonstrations(policy, examples, config)
+    policy.model.eval()
+    total = sum(float(token_logprobs(policy, micro)[0].sum()) for _, micro in rows.micro_batches(config.micro_batch * 4))
+    policy.model.train()
+    return -total / float(rows.completion_len_N.sum())
+
+
+@dataclass(frozen=True)
+class SFTJob:
+    """A checked configuration: everything that a user can get wrong has been looked at, no weight has been read."""
+
+    config: SFTConfig
+    task: Task
+    source: Source | None  # None: the built-in model
+
+    def run(self) -> Path:
+        """Train; return the folder of the final model."""
+        config, task = self.config, self.task
+        set_seed(config.seed)
+        folder = RunFolder(config, "sft")
+        source = self.source or find_source(replace(config, model=str(build_tiny(folder.path / "base", config.seed))))
+        policy = load_policy(config, source)
+        task = task.filtered(lambda examples: drop_long_prompts(examples, policy.tokenizer, config))
+        size = task.size or 0
+        steps = config.max_steps or math.ceil(config.epochs * size / config.batch_size)
+        optimizer = Optimizer(policy, config, steps)
+        policy.model.train()
+        bar = tqdm(range(1, steps + 1), desc="SFT", disable=not config.progress, unit="step")
+        for step in bar:
+            clock = Stopwatch(policy.device)
+            lr = optimizer.lr
+            examples = task.draw((step - 1) * config.batch_size, config.batch_size, config.seed)
+            rows = encode_demonstrations(policy, examples, config)
+            record = sft_step(policy, optimizer, rows, config.micro_batch)
+            clock.lap("step")
+            if step % config.log_every == 0 or step == steps:
+                tokens = int(rows.completion_len_N.sum())
+                record |= {"learning_rate": lr, "tokens": tokens, "time_per_step_s": clock.total}
+                folder.log("train", step, record)
+                bar.set_postfix(loss=f"{record['loss']:.3f}")
+            if task.heldout and (step == steps or (config.eval_every and step % config.eval_every == 0)):
+                folder.log("eval", step, {"heldout_loss": heldout_loss(policy, task.heldout, config)})
+            if config.save_every and step % config.save_every == 0 and step != steps:
+                folder.save_checkpoint(policy, step)
+        final = folder.save_final(policy)
+        folder.close()
+        return final
+
+
+def prepare(config: SFTConfig) -> SFTJob:
+    """Read the task and the model's configuration, and refuse what cannot work.
+
+    Raises:
+        ValueError: as `load_task` and `find_source`; a sequence budget over the model's context.
+    """
+    source = None if config.model == "tiny" else find_source(config)
+    if source:
+        check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    return SFTJob(config, load_task(config, config.seed), source)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with user_errors():
+        job = prepare(parse_config(SFTConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+    print(f"final model: {job.run()}")
+
+
+if __name__ == "__main__":
+    main()
