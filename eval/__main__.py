@@ -46,9 +46,7 @@ class EvalJob:
         folder = RunFolder(config, "eval")
         policy = load_policy(config, self.source)
         examples = drop_long_prompts(self.heldout, policy.tokenizer, config)
-        result = evaluate(
-            policy, examples, config, config.max_completion_tokens, config.batch_size, config.progress
-        )
+        result = evaluate(policy, examples, config, config.max_completion_tokens, config.batch_size, config.progress)
         append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
         folder.log("eval", 0, result.summary())
         folder.close()

@@ -94,7 +94,9 @@ def evaluate(
     fmt = FORMATS[task.prompt_format]
     sampling = Sampling(max_completion_tokens, temperature=0)
     prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, task)) for example in examples]
-    by_length = sorted(range(len(examples)), key=lambda i: len(prompts[i]), reverse=True)  # memory runs out at once, or never
+    by_length = sorted(
+        range(len(examples)), key=lambda i: len(prompts[i]), reverse=True
+    )  # memory runs out at once, or never
     answers: dict[int, Answered] = {}
     start = time.perf_counter()
     with tqdm(total=len(examples), desc="evaluate", unit="problem", disable=not progress, leave=False) as bar:
@@ -103,8 +105,13 @@ def evaluate(
             samples = sample(policy, [prompts[i] for i in batch], sampling)
             lengths, truncated = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
             for place, i in enumerate(batch):
-                answers[i] = _mark(examples[i], samples.texts[place], fmt.extract(samples.texts[place]),
-                                   lengths[place], truncated[place])
+                answers[i] = _mark(
+                    examples[i],
+                    samples.texts[place],
+                    fmt.extract(samples.texts[place]),
+                    lengths[place],
+                    truncated[place],
+                )
             bar.update(len(batch))
             bar.set_postfix(accuracy=f"{sum(a.strict for a in answers.values()) / len(answers):.1%}")
     return Evaluation([answers[i] for i in range(len(examples))], time.perf_counter() - start)

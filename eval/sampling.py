@@ -63,8 +63,8 @@ class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
 def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
     """One completion for each prompt (token lists), all in one batch.
 
-    The model's shipped generation settings (repetition penalty, top-k, top-p) are not inherited: a policy gradient needs
-    samples of the policy itself, and an evaluation the same decoding for every model.
+    The model's shipped generation settings (repetition penalty, top-k, top-p) are not inherited: a policy gradient
+    needs samples of the policy itself, and an evaluation the same decoding for every model.
     """
     greedy = sampling.temperature == 0
     config = GenerationConfig(
@@ -72,12 +72,16 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
         do_sample=not greedy,
         eos_token_id=list(policy.eos_ids),
         pad_token_id=policy.pad_id,
-        **({} if greedy else {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p or None,
-        }),
+        **(
+            {}
+            if greedy
+            else {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p or None,
+            }
+        ),
     )
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)

@@ -19,8 +19,8 @@ def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"]
     prompts alike, a bias that Dr. GRPO (arXiv 2503.20783) avoids with `none`. Standard deviations are over n - 1.
 
     A reward that is NaN (no reward function had an opinion) is left out of means and spreads and gets advantage 0.
-    A group whose rewards are all equal gets advantage exactly 0: decided by max == min, since the rounded mean of twelve
-    0.01s is not 0.01 and the quotient of two rounding errors is anything.
+    A group whose rewards are all equal gets advantage exactly 0: decided by max == min, since the rounded mean of
+    twelve 0.01s is not 0.01 and the quotient of two rounding errors is anything.
 
     Args:
         reward_BG: float32 rewards of G completions for each of B prompts.

@@ -1,4 +1,5 @@
-"""GRPO on a language model: sample groups of answers, reward them, learn from the better ones. `python -m grpo_core.train`
+"""GRPO on a language model: sample groups of answers, reward them, learn from the better ones. `python -m
+grpo_core.train`
 
 Without --model, --config or --preset it trains the built-in model on arithmetic word problems, on any CPU, in minutes.
 """
@@ -14,7 +15,8 @@ from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, fla
 
 @dataclass(frozen=True)
 class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
-    """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them `micro_batch` at a time."""
+    """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them `micro_batch` at a
+    time."""
 
     prompts_per_step: int = flag(4, "B: prompts in a step")
     group_size: int = flag(8, "G: completions sampled for each prompt")
@@ -25,10 +27,12 @@ class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
     min_p: float = flag(0.0, "sample among tokens of at least this share of the likeliest one's probability; 0: all")
     rewards: list[str] = flag(["correctness_reward_func"], "reward functions by name, or my_module:my_reward")
     reward_weights: list[float] = flag([], "a weight for each reward function; none: all 1")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "advantages are divided by the group's spread, the "
-                                                            "batch's, or nothing (Dr. GRPO)")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "advantages are divided by the group's spread, the batch's, or nothing (Dr. GRPO)"
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = flag(
-        "token_mean", "what a token counts in the loss: DAPO, GRPO or Dr. GRPO (see grpo_core/objective.py)")
+        "token_mean", "what a token counts in the loss: DAPO, GRPO or Dr. GRPO (see grpo_core/objective.py)"
+    )
     beta: float = flag(0.0, "weight of the KL to the frozen reference; 0: none, and no reference is held")
     epsilon_low: float = flag(0.2, "the ratio is clipped at 1 - this (PPO)")
     epsilon_high: float = flag(0.2, "the ratio is clipped at 1 + this (PPO; DAPO uses 0.28)")
@@ -46,13 +50,23 @@ class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
             part.check(self)
         for name in ("prompts_per_step", "group_size", "max_completion_tokens", "mu", "eval_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.group_size > 1 or self.scale_rewards != "group", "group_size", self.group_size,
-                "2 or more: a completion is judged against the others of its group (--scale_rewards group)")
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0: a group of greedy answers is all alike")
+        require(
+            self.group_size > 1 or self.scale_rewards != "group",
+            "group_size",
+            self.group_size,
+            "2 or more: a completion is judged against the others of its group (--scale_rewards group)",
+        )
+        require(
+            self.temperature > 0, "temperature", self.temperature, "more than 0: a group of greedy answers is all alike"
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
         require(0 <= self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "0 to 1")
         for name in ("top_k", "beta", "epsilon_high", "show_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.task != "arithmetic" or self.max_steps > 0, "max_steps", self.max_steps,
-                "more than 0: the arithmetic task has no end")
+        require(
+            self.task != "arithmetic" or self.max_steps > 0,
+            "max_steps",
+            self.max_steps,
+            "more than 0: the arithmetic task has no end",
+        )

@@ -1,7 +1,7 @@
 """What is measured in a GRPO step, each quantity defined where it is computed.
 
-Averages over tokens run over the completions' own tokens, over all micro-batches and updates of the step; padding counts
-nowhere.
+Averages over tokens run over the completions' own tokens, over all micro-batches and updates of the step; padding
+counts nowhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from sft_core.tasks import Example
 
 
 class Tally:
-    """Sums over the micro-batches of a step. Sums stay on the device until the step is over: reading one waits for it."""
+    """Sums over the micro-batches of a step. Sums stay on the device until the step is over: reading one waits for
+    it."""
 
     def __init__(self) -> None:
         self.updates = 0
@@ -59,9 +60,9 @@ class Tally:
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp: dict[int, Tensor], mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
-        A larger gap means that the ratio does not start at 1: the learner learns from another distribution's samples."""
-        pairs = [(sampler_logp_NT[at : at + len(logp), : logp.shape[1]], logp) for at, logp in old_logp.items()]
-        gaps = torch.cat([(sampler - learner).abs().flatten() for sampler, learner in pairs])
+        A larger gap means that the ratio does not start at 1: the learner learns from another distribution's
+        samples.""" pairs = [(sampler_logp_NT[at : at + len(logp), : logp.shape[1]], logp) for
+        at, logp in old_logp.items()] gaps = torch.cat([(sampler - learner).abs().flatten() for sampler, learner in pairs])
         self.gap = {"sampler_gap_mean": float(gaps.sum() / mask_NT.sum()), "sampler_gap_max": float(gaps.max())}
 
     def means(self, beta: float) -> dict[str, float]:
@@ -90,7 +91,9 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
     reward_BG, advantage_BG = report.reward_BG, report.advantage_BG
     known = reward_BG[~reward_BG.isnan()]
     flat_B = zero_spread(reward_BG)
-    correct = [bool(a) and same_number(a, e) for a, e in zip(*extracted_and_expected(report, examples, config), strict=True)]
+    correct = [
+        bool(a) and same_number(a, e) for a, e in zip(*extracted_and_expected(report, examples, config), strict=True)
+    ]
     record = {
         **report.tally.means(config.beta),
         "reward_mean": float(known.mean()),
@@ -121,7 +124,8 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
 
 
 def extracted_and_expected(report: Any, examples: Sequence[Example], config: GRPOConfig) -> tuple[list[str], list[str]]:
-    """For each row: the answer found in the completion by the prompt format's rule ('' for none), and the gold answer."""
+    """For each row: the answer found in the completion by the prompt format's rule ('' for none), and the gold
+    answer."""
     extract = FORMATS[config.prompt_format].extract
     expected = [example.answer for example in examples for _ in range(config.group_size)]
     return [extract(text) or "" for text in report.samples.texts], expected

@@ -4,8 +4,8 @@ What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3
 
     loss = sum over rows n and tokens t of  weight_nt * ( surrogate_nt + beta * kl_nt )
 
-The weights hold every normalisation and are computed once for the whole step, so the micro-batches it is cut into add up
-to the same gradient however they are cut.
+The weights hold every normalisation and are computed once for the whole step, so the micro-batches it is cut into add
+up to the same gradient however they are cut.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def clipped_surrogate(ratio_NT: Tensor, advantage_N: Tensor, epsilon_low: float,
 
 
 def k3_kl(logp_NT: Tensor, ref_logp_NT: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log pi_ref - log pi_theta: an estimate of KL(pi_theta || pi_ref) that is unbiased for tokens
-    sampled from pi_theta, never negative, and 0 where the two agree (DeepSeekMath eq. 4; k3 of Schulman's "Approximating
-    KL Divergence", 2020).
+    """exp(d) - d - 1 with d = log pi_ref - log pi_theta: an estimate of KL(pi_theta || pi_ref) that is unbiased for
+    tokens sampled from pi_theta, never negative, and 0 where the two agree (DeepSeekMath eq. 4; k3 of Schulman's
+    "Approximating KL Divergence", 2020).
 
     >>> k3_kl(torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -2.0, 0.0]))
     tensor([0.0000, 0.3679, 0.7183])

@@ -1,12 +1,12 @@
 """Group Relative Policy Optimization, one step: DeepSeekMath (arXiv 2402.03300), Algorithm 1, on a screen.
 
-    paper                                   here
-    question q                              example of `examples`
-    outputs o_1 .. o_G ~ pi_old(. | q)      samples, rows b * G .. b * G + G - 1 for example b
-    reward r_i                              reward_BG
-    advantage A_i,t                         advantage_N (one for all tokens of a completion)
-    pi_theta, pi_old, pi_ref                exp of logp_NT, old_logp_NT, ref_logp_NT
-    epsilon, beta, mu                       config.epsilon_low / epsilon_high, config.beta, config.mu
+paper                                   here
+question q                              example of `examples`
+outputs o_1 .. o_G ~ pi_old(. | q)      samples, rows b * G .. b * G + G - 1 for example b
+reward r_i                              reward_BG
+advantage A_i,t                         advantage_N (one for all tokens of a completion)
+pi_theta, pi_old, pi_ref                exp of logp_NT, old_logp_NT, ref_logp_NT
+epsilon, beta, mu                       config.epsilon_low / epsilon_high, config.beta, config.mu
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
                 kl_NT = k3_kl(logp_NT, ref_logp_NT[cut]) if learner.reference else torch.zeros_like(logp_NT)
                 loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()
                 optimizer.backward(loss)
-                tally.add(config, micro.mask_NT, weight_NT[cut], advantage_N[at], ratio_NT, surrogate_NT, kl_NT, entropy_NT)
+                tally.add(
+                    config, micro.mask_NT, weight_NT[cut], advantage_N[at], ratio_NT, surrogate_NT, kl_NT, entropy_NT
+                )
             grad_norm, again = optimizer.clip_and_step()
             tally.updates += 1
     tally.compare(samples.logp_NT, old_logp, rows.mask_NT)

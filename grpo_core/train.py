@@ -79,8 +79,11 @@ def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
 
         record = step_record(report, examples, config)
         skipped = 0 if math.isfinite(report.grad_norm) else skipped + 1
-        bar.set_postfix(reward=f"{record['reward_mean']:.2f}", accuracy=f"{record['accuracy']:.0%}",
-                        length=f"{record['length_mean']:.0f}")
+        bar.set_postfix(
+            reward=f"{record['reward_mean']:.2f}",
+            accuracy=f"{record['accuracy']:.0%}",
+            length=f"{record['length_mean']:.0f}",
+        )
         if step % config.log_every == 0 or step == steps:
             epoch = step * config.prompts_per_step / task.size if task.size else 0.0
             about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed, "skipped_steps": skipped}
@@ -150,11 +153,23 @@ def comparison(before: Evaluation, after: Evaluation) -> str:
     first, last = before.summary(), after.summary()
     pairs = list(zip(before.answers, after.answers, strict=True))
     pairs.sort(key=lambda pair: pair[1].strict - pair[0].strict, reverse=True)
-    lines = ["", "Held-out problems, greedy answers, 95% intervals:", "", summary_table({"before": first, "after": last}), "",
-             f"accuracy gain: {100 * (last['accuracy'] - first['accuracy']):+.1f} points", ""]
+    lines = [
+        "",
+        "Held-out problems, greedy answers, 95% intervals:",
+        "",
+        summary_table({"before": first, "after": last}),
+        "",
+        f"accuracy gain: {100 * (last['accuracy'] - first['accuracy']):+.1f} points",
+        "",
+    ]
     for old, new in pairs[:3]:
-        lines += [f"Question:  {old.question}", f"Expected:  {old.expected}", f"Before:    {indented(old.response)}",
-                  f"After:     {indented(new.response)}", ""]
+        lines += [
+            f"Question:  {old.question}",
+            f"Expected:  {old.expected}",
+            f"Before:    {indented(old.response)}",
+            f"After:     {indented(new.response)}",
+            "",
+        ]
     return "\n".join(lines)
 
 

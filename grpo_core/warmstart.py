@@ -16,8 +16,18 @@ from sft_core.train import PRESETS, SFTConfig, prepare
 def tiny_sft(config: GRPOConfig) -> Path:
     """The final model of the built-in SFT run for this task and seed: trained now, or by an earlier run."""
     sft = parse_config(SFTConfig, ["--preset", "tiny"], PRESETS)
-    same = ("task", "difficulty", "prompt_format", "shots", "system_prompt", "max_prompt_tokens", "eval_problems", "seed",
-            "device", "progress")
+    same = (
+        "task",
+        "difficulty",
+        "prompt_format",
+        "shots",
+        "system_prompt",
+        "max_prompt_tokens",
+        "eval_problems",
+        "seed",
+        "device",
+        "progress",
+    )
     sft = replace(sft, **{name: getattr(config, name) for name in same})
     # A changed setting or a changed line of sft_core makes another start.
     sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.glob("*.py")))

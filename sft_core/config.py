@@ -1,12 +1,11 @@
 """Configuration: frozen dataclasses whose fields are the command line's flags, layered preset < --config file < flags.
 
-A config file (and a preset, which is such a file inside a package) holds `field: value` lines. It is read as if its lines
-had been typed as flags before the real ones, so types, choices and errors are the same for both.
+A config file (and a preset, which is such a file inside a package) holds `field: value` lines. It is read as if its
+lines had been typed as flags before the real ones, so types, choices and errors are the same for both.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -32,7 +31,9 @@ class TaskConfig:
     """What is learned or asked."""
 
     task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in, endless), or the path of a JSONL file")
-    eval_file: str | None = flag(None, "JSONL of held-out problems for a JSONL task; default: rows split off the task's end")
+    eval_file: str | None = flag(
+        None, "JSONL of held-out problems for a JSONL task; default: rows split off the task's end"
+    )
     difficulty: int = flag(3, "arithmetic: the most operations in a problem (the fewest is one less)")
     max_samples: int = flag(0, "use only the first so many training problems; 0: all")
     eval_problems: int = flag(200, "how many held-out problems an evaluation asks")
@@ -42,9 +43,15 @@ class TaskConfig:
     max_prompt_tokens: int = flag(256, "longer prompts are dropped, and counted, before training starts")
 
     def check(self) -> None:
-        require(self.task in ("gsm8k", "arithmetic") or Path(self.task).is_file(), "task", self.task,
-                "gsm8k, arithmetic, or the path of an existing JSONL file")
-        require(self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file")
+        require(
+            self.task in ("gsm8k", "arithmetic") or Path(self.task).is_file(),
+            "task",
+            self.task,
+            "gsm8k, arithmetic, or the path of an existing JSONL file",
+        )
+        require(
+            self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file"
+        )
         require(1 <= self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
         require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
         for name in ("max_samples", "eval_problems"):
@@ -56,7 +63,9 @@ class TaskConfig:
 class ModelConfig:
     """Who learns or answers."""
 
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub name, model folder or adapter folder; 'tiny': the built-in one")
+    model: str = flag(
+        "Qwen/Qwen2.5-0.5B-Instruct", "hub name, model folder or adapter folder; 'tiny': the built-in one"
+    )
     adapter_path: str | None = flag(None, "a LoRA adapter to load on --model (and to train further)")
     from_scratch: bool = flag(False, "random weights in the shape of --model's config.json instead of its weights")
     config_overrides: list[str] = flag([], "with --from_scratch: key=value pairs that replace entries of config.json")
@@ -70,10 +79,18 @@ class ModelConfig:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
 
     def check(self) -> None:
-        require(not (self.lora and self.adapter_path), "lora", self.lora,
-                "either --lora (a new adapter) or --adapter_path (one to train further), not both")
-        require(self.from_scratch or not self.config_overrides, "config_overrides", self.config_overrides,
-                "only together with --from_scratch")
+        require(
+            not (self.lora and self.adapter_path),
+            "lora",
+            self.lora,
+            "either --lora (a new adapter) or --adapter_path (one to train further), not both",
+        )
+        require(
+            self.from_scratch or not self.config_overrides,
+            "config_overrides",
+            self.config_overrides,
+            "only together with --from_scratch",
+        )
         require(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
 
 
@@ -118,8 +135,12 @@ class RunConfig:
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         folder = Path(self.output_dir)
-        require(not self.output_dir or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-                "output_dir", self.output_dir, "a folder that is new or empty: earlier runs are never overwritten")
+        require(
+            not self.output_dir or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+            "output_dir",
+            self.output_dir,
+            "a folder that is new or empty: earlier runs are never overwritten",
+        )
 
 
 def require(condition: bool, name: str, value: Any, accepted: str) -> None:
@@ -141,7 +162,9 @@ class _Parser(HfArgumentParser):
         name = next((f for f in flags if f.startswith("--")), flags[0]).split("=")[0]
         known = [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+        raise ValueError(
+            f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+        )
 
 
 def parse_config(
@@ -155,10 +178,15 @@ def parse_config(
         ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check.
     """
     names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
-    parser = _Parser(cls, allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0])
+    parser = _Parser(
+        cast(Any, cls), allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0]
+    )
     if presets:
-        parser.add_argument("--preset", choices=names, help=f"named settings; default: {default_preset}, unless --model or "
-                            "--config is given")
+        parser.add_argument(
+            "--preset",
+            choices=names,
+            help=f"named settings; default: {default_preset}, unless --model or --config is given",
+        )
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
     given, _ = parser.parse_known_args(list(argv))
     preset = getattr(given, "preset", None)
@@ -175,7 +203,7 @@ def parse_config(
     if unknown:
         parser.unknown(unknown)
     config.check()
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
@@ -221,8 +249,5 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except argparse.ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,4 +1,5 @@
-"""The log-probability of each completion token under a policy: the one quantity that SFT and GRPO both differentiate."""
+"""The log-probability of each completion token under a policy: the one quantity that SFT and GRPO both
+differentiate."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:
-        """Clip, step, advance the schedule, clear the gradients. A gradient that is not finite moves neither weights nor
-        schedule.
+        """Clip, step, advance the schedule, clear the gradients. A gradient that is not finite moves neither weights
+        nor schedule.
 
         Returns:
             The gradient's norm before clipping, and whether the same batch should be learned again: under fp16 the

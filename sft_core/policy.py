@@ -1,4 +1,5 @@
-"""The policy: a causal language model with its tokenizer, its precision and the ids that end a sequence; loading, saving."""
+"""The policy: a causal language model with its tokenizer, its precision and the ids that end a sequence; loading,
+saving."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ def find_source(config: ModelConfig) -> Source:
         values, _ = PreTrainedConfig.get_config_dict(base)
     except OSError as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"--model {base}: neither a model folder here nor to be had from the hub ({reason})") from error
+        raise ValueError(
+            f"--model {base}: neither a model folder here nor to be had from the hub ({reason})"
+        ) from error
     values.update(_overrides(config.config_overrides, values))
     generation_config = GenerationConfig()
     with contextlib.suppress(OSError):  # many models ship none

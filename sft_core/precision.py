@@ -1,9 +1,9 @@
 """Which arithmetic a run uses. Master weights and optimizer state are float32 in every case.
 
-Autocast runs the matrix products in half precision; log-softmax, ratios, KL and sums stay in float32. fp16 has a largest
-value of 65,504 and a smallest normal one of 6e-5, so its gradients need a GradScaler: the loss is multiplied by a large
-factor before the backward pass, gradients are divided by it before clipping, and a step whose gradients overflowed is
-undone by halving the factor and computing it again. bf16 has float32's range and needs none.
+Autocast runs the matrix products in half precision; log-softmax, ratios, KL and sums stay in float32. fp16 has a
+largest value of 65,504 and a smallest normal one of 6e-5, so its gradients need a GradScaler: the loss is multiplied
+by a large factor before the backward pass, gradients are divided by it before clipping, and a step whose gradients
+overflowed is undone by halving the factor and computing it again. bf16 has float32's range and needs none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try auto or cpu") from error
+        raise ValueError(
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try auto or cpu"
+        ) from error
     return device
 
 

@@ -1,4 +1,5 @@
-"""Prompt formats: how a problem is asked and what a good answer looks like, as chat messages for the tokenizer's template."""
+"""Prompt formats: how a problem is asked and what a good answer looks like, as chat messages for the tokenizer's
+template."""
 
 from __future__ import annotations
 
@@ -98,17 +99,19 @@ def encode_completion(tokenizer: Any, text: str, eos_id: int) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id]
 
 
-def drop_long_prompts(
-    examples: list[Example], tokenizer: Any, config: TaskConfig
-) -> list[Example]:
+def drop_long_prompts(examples: list[Example], tokenizer: Any, config: TaskConfig) -> list[Example]:
     """The examples whose prompt is within --max_prompt_tokens; says how many were left out.
 
     Raises:
         ValueError: no example is left.
     """
-    kept = [e for e in examples if len(encode_prompt(tokenizer, prompt_messages(e, config))) <= config.max_prompt_tokens]
+    kept = [
+        e for e in examples if len(encode_prompt(tokenizer, prompt_messages(e, config))) <= config.max_prompt_tokens
+    ]
     if examples and not kept:
         raise ValueError(f"--max_prompt_tokens {config.max_prompt_tokens}: all {len(examples)} prompts are longer")
     if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} of {len(examples)} problems: prompts over {config.max_prompt_tokens} tokens")
+        print(
+            f"left out {len(examples) - len(kept)} of {len(examples)} problems: prompts over {config.max_prompt_tokens} tokens"
+        )
     return kept

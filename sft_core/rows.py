@@ -61,10 +61,13 @@ class Rows:
         return ((position_L >= start_N[:, None]) & (position_L < end_N[:, None])).long()
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(self.ids_NL.to(device), self.prompt_len_N.to(device), self.completion_len_N.to(device), self.prompt_width)
+        return Rows(
+            self.ids_NL.to(device), self.prompt_len_N.to(device), self.completion_len_N.to(device), self.prompt_width
+        )
 
-    def slice(self, start: int, stop: int) -> Rows:
-        """Rows start..stop, cut to their own longest prompt and completion: a micro-batch pays for no other's padding."""
+    def cut(self, start: int, stop: int) -> Rows:
+        """Rows start..stop, cut to their own longest prompt and completion: a micro-batch pays for no other's
+        padding."""
         prompt_len_N, completion_len_N = self.prompt_len_N[start:stop], self.completion_len_N[start:stop]
         width, T = int(prompt_len_N.max()), int(completion_len_N.max())
         ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
@@ -74,7 +77,7 @@ class Rows:
         """Cut into micro-batches of at most `size` rows; the last may be smaller (sizes need not divide)."""
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
-            yield slice(start, stop), self.slice(start, stop)
+            yield slice(start, stop), self.cut(start, stop)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> Tensor:

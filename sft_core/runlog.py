@@ -1,12 +1,12 @@
 """The run folder: all that a run leaves behind, and nothing elsewhere.
 
-    config.yaml         the resolved config; --config takes it back
-    provenance.json     command, versions, commit, hardware, seed, time
-    log.jsonl           one object per log line; `kind` says which: train, eval
-    completions.jsonl   every sampled completion of GRPO with its rewards and advantage
-    tensorboard/        the same scalars
-    checkpoints/        step-000100/, ... in Hugging Face format
-    final/              the final model or adapter
+config.yaml         the resolved config; --config takes it back
+provenance.json     command, versions, commit, hardware, seed, time
+log.jsonl           one object per log line; `kind` says which: train, eval
+completions.jsonl   every sampled completion of GRPO with its rewards and advantage
+tensorboard/        the same scalars
+checkpoints/        step-000100/, ... in Hugging Face format
+final/              the final model or adapter
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import transformers
 
 from sft_core.config import RunConfig, as_yaml
 from sft_core.policy import Policy
-
 
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
@@ -131,7 +130,11 @@ def _commit() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

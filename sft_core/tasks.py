@@ -14,7 +14,9 @@ from rewards import extract_hash_answer
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
 
-GSM8K = "openai/gsm8k"  # the hub's name for Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168
+GSM8K = (
+    "openai/gsm8k"  # the hub's name for Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def load_task(config: TaskConfig, seed: int) -> Task:
 
 
 def load_heldout(config: TaskConfig) -> list[Example]:
-    """The first --eval_problems (0: all) problems to evaluate on: GSM8K's test split, --eval_file, or the --task file."""
+    """The first --eval_problems (0: all) problems to evaluate on: GSM8K's test split, --eval_file, or the --task
+    file."""
     if config.task == "arithmetic":
         return _arithmetic_heldout(config)
     if config.task == "gsm8k" and not config.eval_file:
@@ -119,7 +122,9 @@ def _from_hub(split: str) -> list[Example]:
         rows = load_dataset(GSM8K, "main", split=split)
     except (OSError, ValueError) as error:  # datasets raises either where the hub cannot be reached
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"--task gsm8k: cannot load {GSM8K} ({reason}); --task also takes a local JSONL file") from error
+        raise ValueError(
+            f"--task gsm8k: cannot load {GSM8K} ({reason}); --task also takes a local JSONL file"
+        ) from error
     return [as_example(dict(row), f"{GSM8K} {split} row {i}") for i, row in enumerate(rows)]
 
 
@@ -147,7 +152,9 @@ def read_jsonl(path: Path) -> list[Example]:
 def as_example(row: Any, where: str) -> Example:
     """Check one row of GSM8K's schema; `where` names it in the error."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with the columns question and answer, found {type(row).__name__}")
+        raise ValueError(
+            f"{where}: expected an object with the columns question and answer, found {type(row).__name__}"
+        )
     for column in ("question", "answer"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             raise ValueError(f"{where}: column {column} is missing, empty or not a string")

@@ -51,8 +51,12 @@ class SFTConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
-        require(self.task != "arithmetic" or self.max_steps > 0, "max_steps", self.max_steps,
-                "more than 0: the arithmetic task has no end")
+        require(
+            self.task != "arithmetic" or self.max_steps > 0,
+            "max_steps",
+            self.max_steps,
+            "more than 0: the arithmetic task has no end",
+        )
 
 
 def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: SFTConfig) -> Rows:
@@ -70,7 +74,8 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
 
 
 def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows, micro_batch: int) -> dict[str, float]:
-    """One optimizer step on a batch. The weight of a token is 1 / (tokens in the batch), so micro-batches simply add."""
+    """One optimizer step on a batch. The weight of a token is 1 / (tokens in the batch), so micro-batches simply
+    add."""
     weight = 1.0 / float(rows.completion_len_N.sum())
     again = True
     while again:  # once; under fp16 until nothing overflows
@@ -89,7 +94,9 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig)
     """Mean negative log-probability per demonstration token on held-out problems."""
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
-    total = sum(float(token_logprobs(policy, micro)[0].sum()) for _, micro in rows.micro_batches(config.micro_batch * 4))
+    total = sum(
+        float(token_logprobs(policy, micro)[0].sum()) for _, micro in rows.micro_batches(config.micro_batch * 4)
+    )
     policy.model.train()
     return -total / float(rows.completion_len_N.sum())
 
