@@ -1,2 +1,1 @@
-"""How good is it? Sampling through `model.generate`, held-out accuracy with its interval, one JSONL line per
-problem."""
+"""How good is it? Sampling through `model.generate`, held-out accuracy with its interval, a JSONL line per problem."""

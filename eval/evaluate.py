@@ -94,9 +94,8 @@ def evaluate(
     fmt = FORMATS[task.prompt_format]
     sampling = Sampling(max_completion_tokens, temperature=0)
     prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, task)) for example in examples]
-    by_length = sorted(
-        range(len(examples)), key=lambda i: len(prompts[i]), reverse=True
-    )  # memory runs out at once, or never
+    # Longest first: memory runs out at once or never.
+    by_length = sorted(range(len(examples)), key=lambda i: len(prompts[i]), reverse=True)
     answers: dict[int, Answered] = {}
     start = time.perf_counter()
     with tqdm(total=len(examples), desc="evaluate", unit="problem", disable=not progress, leave=False) as bar:

@@ -72,17 +72,10 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
         do_sample=not greedy,
         eos_token_id=list(policy.eos_ids),
         pad_token_id=policy.pad_id,
-        **(
-            {}
-            if greedy
-            else {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "min_p": sampling.min_p or None,
-            }
-        ),
     )
+    if not greedy:
+        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        config.update(min_p=sampling.min_p or None)
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
     P = prompt_NP.shape[1]

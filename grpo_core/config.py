@@ -1,5 +1,4 @@
-"""GRPO on a language model: sample groups of answers, reward them, learn from the better ones. `python -m
-grpo_core.train`
+"""GRPO on a language model: sample groups of answers, reward them, learn from the better ones.
 
 Without --model, --config or --preset it trains the built-in model on arithmetic word problems, on any CPU, in minutes.
 """
@@ -15,8 +14,7 @@ from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, fla
 
 @dataclass(frozen=True)
 class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
-    """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them `micro_batch` at a
-    time."""
+    """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them in micro-batches."""
 
     prompts_per_step: int = flag(4, "B: prompts in a step")
     group_size: int = flag(8, "G: completions sampled for each prompt")

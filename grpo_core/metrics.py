@@ -20,8 +20,7 @@ from sft_core.tasks import Example
 
 
 class Tally:
-    """Sums over the micro-batches of a step. Sums stay on the device until the step is over: reading one waits for
-    it."""
+    """Sums over the micro-batches of a step. Sums stay on the device until the step is over; reading one waits."""
 
     def __init__(self) -> None:
         self.updates = 0
@@ -60,10 +59,14 @@ class Tally:
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp: dict[int, Tensor], mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
-        A larger gap means that the ratio does not start at 1: the learner learns from another distribution's
-        samples.""" pairs = [(sampler_logp_NT[at : at + len(logp), : logp.shape[1]], logp) for
-        at, logp in old_logp.items()] gaps = torch.cat([(sampler - learner).abs().flatten() for sampler, learner in pairs])
-        self.gap = {"sampler_gap_mean": float(gaps.sum() / mask_NT.sum()), "sampler_gap_max": float(gaps.max())}
+        A larger gap means that the learner learns from samples of another distribution than its own."""
+        gap = torch.cat(
+            [
+                (sampler_logp_NT[at : at + len(logp_NT), : logp_NT.shape[1]] - logp_NT).abs().flatten()
+                for at, logp_NT in old_logp.items()
+            ]
+        )
+        self.gap = {"sampler_gap_mean": float(gap.sum() / mask_NT.sum()), "sampler_gap_max": float(gap.max())}
 
     def means(self, beta: float) -> dict[str, float]:
         """Losses per update, token means, the ratio's range."""
@@ -124,8 +127,7 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
 
 
 def extracted_and_expected(report: Any, examples: Sequence[Example], config: GRPOConfig) -> tuple[list[str], list[str]]:
-    """For each row: the answer found in the completion by the prompt format's rule ('' for none), and the gold
-    answer."""
+    """For each row: the answer found in the completion by the prompt format's rule ('': none), and the gold one."""
     extract = FORMATS[config.prompt_format].extract
     expected = [example.answer for example in examples for _ in range(config.group_size)]
     return [extract(text) or "" for text in report.samples.texts], expected

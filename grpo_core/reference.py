@@ -1,5 +1,4 @@
-"""pi_ref: a frozen copy of the policy as it was when GRPO began, so that KL starts at 0 whatever the policy started
-from."""
+"""pi_ref: a frozen copy of the policy as it was when GRPO began, so that KL starts at 0 from any start."""
 
 from __future__ import annotations
 

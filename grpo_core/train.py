@@ -139,7 +139,8 @@ def shown_sample(step: int, report: StepReport, examples: Sequence[Example], con
     """The step's first completion, for the person who watches."""
     first = completion_records(step, report, examples, config)[0]
     return (
-        f"--- step {step}, reward {first['reward']:.2f}\nQuestion:  {first['question']}\nExpected:  {first['expected']}\n"
+        f"--- step {step}, reward {first['reward']:.2f}\n"
+        f"Question:  {first['question']}\nExpected:  {first['expected']}\n"
         f"Response:  {indented(first['response'])}\nExtracted: {first['extracted'] or '(no answer found)'}"
     )
 

@@ -1,5 +1,4 @@
-"""The log-probability of each completion token under a policy: the one quantity that SFT and GRPO both
-differentiate."""
+"""The log-probability of each completion token under a policy: what SFT and GRPO both differentiate."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def token_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0) -> tupl
     """
     mask_NT = rows.mask_NT
     attention_NL = rows.attention_NL
-    # Left padding shifts absolute positions: number the real tokens 0, 1, 2, ... (matters for GPT-2's learned positions;
+    # Left padding shifts absolute positions: number the real tokens 0, 1, 2, ... (GPT-2's learned positions need it;
     # rotary models only see differences).
     position_NL = (attention_NL.cumsum(dim=1) - 1).clamp(min=0)
     with policy.precision.autocast():

@@ -1,5 +1,4 @@
-"""The policy: a causal language model with its tokenizer, its precision and the ids that end a sequence; loading,
-saving."""
+"""The policy: a causal language model with its tokenizer, its precision and the ids that end a sequence."""
 
 from __future__ import annotations
 
@@ -188,7 +187,7 @@ def check_context(source: Source, prompt_tokens: int, completion_tokens: int) ->
     """
     if prompt_tokens + completion_tokens > source.context:
         raise ValueError(
-            f"--max_prompt_tokens {prompt_tokens} + --max_completion_tokens {completion_tokens}: together more than the "
+            f"--max_prompt_tokens {prompt_tokens} + --max_completion_tokens {completion_tokens}: more than the "
             f"{source.context} tokens that {source.base} can hold"
         )
 

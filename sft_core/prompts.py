@@ -1,5 +1,4 @@
-"""Prompt formats: how a problem is asked and what a good answer looks like, as chat messages for the tokenizer's
-template."""
+"""How a problem is asked and what a good answer looks like: chat messages for the tokenizer's template."""
 
 from __future__ import annotations
 
@@ -110,8 +109,7 @@ def drop_long_prompts(examples: list[Example], tokenizer: Any, config: TaskConfi
     ]
     if examples and not kept:
         raise ValueError(f"--max_prompt_tokens {config.max_prompt_tokens}: all {len(examples)} prompts are longer")
-    if len(kept) < len(examples):
-        print(
-            f"left out {len(examples) - len(kept)} of {len(examples)} problems: prompts over {config.max_prompt_tokens} tokens"
-        )
+    left_out = len(examples) - len(kept)
+    if left_out:
+        print(f"left out {left_out} of {len(examples)} problems: prompts over {config.max_prompt_tokens} tokens")
     return kept

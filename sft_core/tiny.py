@@ -1,5 +1,4 @@
-"""The built-in model: Qwen2's architecture with under a million parameters and a tokenizer of its own, made on the
-spot."""
+"""The built-in model: Qwen2's architecture with under a million parameters, and a tokenizer of its own."""
 
 from __future__ import annotations
 
