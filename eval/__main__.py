@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.evaluate import evaluate, summary_table
-from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, parse_config, require, user_errors
+from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, interruptible, parse_config, require, user_errors
 from sft_core.policy import Source, check_context, find_source, load_policy
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.tasks import Example, load_heldout
+
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class EvalConfig(TaskConfig, ModelConfig, RunConfig):
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
+        require(
+            self.task != "arithmetic" or self.eval_problems > 0,
+            "eval_problems",
+            self.eval_problems,
+            "more than 0: the arithmetic task has no end",
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,9 @@ def prepare(config: EvalConfig) -> EvalJob:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
-        job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv))
-    print(f"answers and summary: {job.run()}")
+        job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv, PRESETS))
+    with interruptible():
+        print(f"answers and summary: {job.run()}")
 
 
 if __name__ == "__main__":

@@ -55,4 +55,5 @@ def nan_std(values_RC: Tensor) -> Tensor:
     """Standard deviation of each row over n - 1, leaving NaNs out; (R, 1), NaN for rows of fewer than two values."""
     known = ~values_RC.isnan()
     deviation = torch.where(known, values_RC - values_RC.nanmean(dim=1, keepdim=True), 0.0)
-    return (deviation.square().sum(dim=1, keepdim=True) / (known.sum(dim=1, keepdim=True) - 1)).sqrt()
+    freedom = (known.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    return (deviation.square().sum(dim=1, keepdim=True) / freedom).sqrt()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import zero_spread
+from grpo_core.advantages import nan_std, zero_spread
 from grpo_core.config import GRPOConfig
 from rewards import same_number
 from sft_core.prompts import FORMATS
@@ -100,10 +100,10 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
     record = {
         **report.tally.means(config.beta),
         "reward_mean": float(known.mean()),
-        "reward_std": float(known.std()),
+        "reward_std": float(nan_std(reward_BG.flatten()[None])),
         "accuracy": sum(correct) / len(correct),
         "adv_mean": float(advantage_BG.mean()),
-        "adv_std": float(advantage_BG.std()),
+        "adv_std": float(nan_std(advantage_BG.flatten()[None])),
         "adv_abs_mean": float(advantage_BG.abs().mean()),
         "zero_variance_share": float(flat_B.float().mean()),  # groups that teach nothing
         "zero_variance_tokens": int((lengths_N.view(reward_BG.shape).cpu() * flat_B[:, None]).sum()),

@@ -38,11 +38,12 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
-        """log pi_ref of each completion token, (N, T) float32, 0 on padding."""
-        logp_NT = torch.zeros_like(rows.completion_NT, dtype=torch.float32)
+        """log pi_ref of each completion token, (N, T), 0 on padding."""
+        dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # that of `token_logprobs`
+        logp_NT = torch.zeros_like(rows.completion_NT, dtype=dtype)
         with self._active():
             for at, micro in rows.micro_batches(micro_batch):
-                logp_NT[at, : micro.completion_NT.shape[1]] = token_logprobs(self.policy, micro, temperature)[0]
+                logp_NT[at, : micro.completion_NT.shape[1]] = token_logprobs(self.policy, micro, temperature, entropy=False)[0]
         return logp_NT
 
     @contextmanager

@@ -20,7 +20,7 @@ from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, load_rewards
-from sft_core.config import parse_config, user_errors
+from sft_core.config import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, Source, check_context, find_source, load_policy, without_dropout
 from sft_core.prompts import drop_long_prompts
@@ -182,15 +182,15 @@ def prepare(config: GRPOConfig) -> GRPOJob:
     """
     rewards = load_rewards(config.rewards, config.reward_weights)
     source = None if config.model == "tiny" else find_source(config)
-    if source:
-        check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
     return GRPOJob(config, load_task(config, config.seed), rewards, source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
-    job.run()
+    with interruptible():
+        job.run()
 
 
 if __name__ == "__main__":

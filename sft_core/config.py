@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
+
+from sft_core.precision import pick_device
 
 
 def flag(default: Any, help: str) -> Any:
@@ -91,7 +95,12 @@ class ModelConfig:
             self.config_overrides,
             "only together with --from_scratch",
         )
+        require(
+            not self.lora or find_spec("peft") is not None, "lora", self.lora, "the peft package: pip install '.[lora]'"
+        )
         require(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
+        pick_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,9 @@ class OptimConfig:
         require(self.lr > 0, "lr", self.lr, "more than 0")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 or more and below 1")
         require(self.max_steps > 0 or self.epochs > 0, "epochs", self.epochs, "more than 0 (or --max_steps)")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         for name in ("max_grad_norm", "weight_decay", "max_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
@@ -141,6 +153,12 @@ class RunConfig:
             self.output_dir,
             "a folder that is new or empty: earlier runs are never overwritten",
         )
+        require(
+            all(parent.is_dir() for parent in folder.parents if parent.exists()),
+            "output_dir",
+            self.output_dir,
+            "a path below folders; there is a file on the way",
+        )
 
 
 def require(condition: bool, name: str, value: Any, accepted: str) -> None:
@@ -156,7 +174,7 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser whose errors are exceptions of one line that name the nearest known flag."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
 
     def unknown(self, flags: Sequence[str]) -> NoReturn:
         name = next((f for f in flags if f.startswith("--")), flags[0]).split("=")[0]
@@ -181,6 +199,7 @@ def parse_config(
     parser = _Parser(
         cast(Any, cls), allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0]
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for a flag before Python 3.14
     if presets:
         parser.add_argument(
             "--preset",
@@ -211,7 +230,7 @@ def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such file")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected `flag: value` lines")
@@ -241,6 +260,16 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 def as_yaml(config: Any) -> str:
     """The resolved config as a file that `--config` accepts."""
     return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends a run in one line; what was logged and saved until then stays in its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the run folder holds all that was logged and saved until now", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @contextmanager

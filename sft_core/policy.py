@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from sft_core import tiny
 from sft_core.config import ModelConfig
 from sft_core.precision import Precision, pick_device, pick_precision
 
@@ -83,7 +84,7 @@ def find_source(config: ModelConfig) -> Source:
         if not description.is_file():
             raise ValueError(f"--adapter_path {adapter}: holds no adapter_config.json, so it is not a LoRA adapter")
         if adapter == base:
-            base = json.loads(description.read_text())["base_model_name_or_path"]
+            base = _base_of(description)
     try:
         values, _ = PreTrainedConfig.get_config_dict(base)
     except OSError as error:
@@ -91,11 +92,28 @@ def find_source(config: ModelConfig) -> Source:
         raise ValueError(
             f"--model {base}: neither a model folder here nor to be had from the hub ({reason})"
         ) from error
+    if "model_type" not in values:
+        raise ValueError(f"--model {base}: holds no config.json with a model_type, so it is not a model folder")
+    if Path(base).is_dir() and not config.from_scratch and not any(Path(base).glob("*.safetensors")):
+        raise ValueError(f"--model {base}: holds no *.safetensors; --from_scratch starts from random weights")
     values.update(_overrides(config.config_overrides, values))
+    try:
+        model_config = AutoConfig.for_model(**values)
+    except Exception as error:  # a class of its own for each way in which a value can be wrong
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"--model {base}: its config.json describes no model known here ({reason})") from error
     generation_config = GenerationConfig()
     with contextlib.suppress(OSError):  # many models ship none
         generation_config = GenerationConfig.from_pretrained(base)
-    return Source(base, adapter, AutoConfig.for_model(**values), generation_config)
+    return Source(base, adapter, model_config, generation_config)
+
+
+def _base_of(description: Path) -> str:
+    """The base model that an adapter_config.json names."""
+    try:
+        return str(json.loads(description.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{description}: names no base_model_name_or_path; give --model and --adapter_path") from error
 
 
 def _is_a_path(name: str) -> bool:
@@ -142,7 +160,9 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     else:
         model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, use_safetensors=True)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 renames the method and warns about the old name, which it drops in 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if source.adapter is not None or config.lora:
         model = _adapt(model, config, source)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
@@ -181,14 +201,17 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
     return get_peft_model(model, lora)
 
 
-def check_context(source: Source, prompt_tokens: int, completion_tokens: int) -> None:
-    """Raises:
-    ValueError: prompt and completion budgets together exceed the model's context.
+def check_context(source: Source | None, prompt_tokens: int, completion_tokens: int) -> None:
+    """`source` None: the built-in model.
+
+    Raises:
+        ValueError: prompt and completion budgets together exceed the model's context.
     """
-    if prompt_tokens + completion_tokens > source.context:
+    context, name = (source.context, source.base) if source else (tiny.CONTEXT, "the built-in model")
+    if prompt_tokens + completion_tokens > context:
         raise ValueError(
             f"--max_prompt_tokens {prompt_tokens} + --max_completion_tokens {completion_tokens}: more than the "
-            f"{source.context} tokens that {source.base} can hold"
+            f"{context} tokens that {name} can hold"
         )
 
 

@@ -135,13 +135,13 @@ def read_jsonl(path: Path) -> list[Example]:
         ValueError: no problem in it, or a malformed line, with its number.
     """
     examples = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # decoded line by line, so that the error can name the line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:  # of the decoding or of the JSON
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             examples.append(as_example(row, f"{path}, line {number}"))
     if not examples:

@@ -9,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from sft_core.arithmetic import ArithmeticStream
 
+CONTEXT = 256  # tokens
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -24,7 +25,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = 256
+    tokenizer.model_max_length = CONTEXT
     return tokenizer
 
 
@@ -38,7 +39,7 @@ def build_tiny(folder: Path, seed: int) -> Path:
         num_hidden_layers=3,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -17,7 +17,17 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, parse_config, require, user_errors
+from sft_core.config import (
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TaskConfig,
+    flag,
+    interruptible,
+    parse_config,
+    require,
+    user_errors,
+)
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, Source, check_context, find_source, load_policy
@@ -81,7 +91,7 @@ def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows, micro_batch: int)
     while again:  # once; under fp16 until nothing overflows
         loss = torch.zeros((), device=policy.device)
         for _, micro in rows.micro_batches(micro_batch):
-            logp_NT, _ = token_logprobs(policy, micro)
+            logp_NT, _ = token_logprobs(policy, micro, entropy=False)
             micro_loss = -(weight * logp_NT).sum()
             optimizer.backward(micro_loss)
             loss += micro_loss.detach()
@@ -95,7 +105,8 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig)
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
     total = sum(
-        float(token_logprobs(policy, micro)[0].sum()) for _, micro in rows.micro_batches(config.micro_batch * 4)
+        float(token_logprobs(policy, micro, entropy=False)[0].sum())
+        for _, micro in rows.micro_batches(config.micro_batch)
     )
     policy.model.train()
     return -total / float(rows.completion_len_N.sum())
@@ -150,15 +161,15 @@ def prepare(config: SFTConfig) -> SFTJob:
         ValueError: as `load_task` and `find_source`; a sequence budget over the model's context.
     """
     source = None if config.model == "tiny" else find_source(config)
-    if source:
-        check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
     return SFTJob(config, load_task(config, config.seed), source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         job = prepare(parse_config(SFTConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
-    print(f"final model: {job.run()}")
+    with interruptible():
+        print(f"final model: {job.run()}")
 
 
 if __name__ == "__main__":
