@@ -27,9 +27,9 @@ class ArithmeticStream:
 
     >>> problem = ArithmeticStream("train", seed=0, difficulty=2)[1]
     >>> problem["question"]
-    'Ann has 3 coins. Ann buys 8. How many coins does Ann have now?'
+    'Mia has 3 eggs. Mia finds 5. How many eggs does Mia have now?'
     >>> problem["answer"]
-    '3+8=<<3+8=11>>11\\n#### 11'
+    '3+5=<<3+5=8>>8\\n#### 8'
     """
 
     split: Literal["train", "heldout"]

@@ -1,0 +1,203 @@
+"""Small things that the tests build on: policies of two families, rows of random ids, a step ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from grpo_core.config import GRPOConfig
+from grpo_core.reference import Reference
+from grpo_core.step import Learner
+from rewards import Reward
+from sft_core.optim import Optimizer
+from sft_core.policy import Policy
+from sft_core.precision import pick_precision
+from sft_core.rows import Rows, pack_rows
+from sft_core.tasks import Example
+from sft_core.tiny import build_tokenizer
+
+# On models this small a second thread only waits for the first, for seconds where the machine is busy.
+torch.set_num_threads(1)
+
+# For `pytest.mark.filterwarnings`: peft 0.21 asks transformers 5 for an attribute by its old name.
+PEFT_IS_BEHIND = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+
+Family = Literal["qwen2", "gpt2"]
+FAMILIES: tuple[Family, ...] = ("qwen2", "gpt2")
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Any:
+    """The built-in model's tokenizer (375 tokens), built once for all tests: do not change it."""
+    return build_tokenizer()
+
+
+def tiny_model(family: Family = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
+    """An untrained model in eval mode: rotary positions (qwen2) or learned, absolute ones (gpt2).
+
+    Its weights are twenty times as spread as a usual start's, so that it prefers some tokens to others and looks at
+    positions: on a uniform distribution half of all mistakes are invisible.
+    """
+    shared = {"vocab_size": len(tokenizer()), "initializer_range": 0.4, "bos_token_id": None}
+    shared |= {"eos_token_id": tokenizer().eos_token_id, "pad_token_id": tokenizer().pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if family == "qwen2":
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+            model = Qwen2ForCausalLM(Qwen2Config(**(shared | sizes | heads | config)))
+        else:
+            sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}
+            no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            model = GPT2LMHeadModel(GPT2Config(**(shared | sizes | no_dropout | config)))
+    return model.to(dtype).eval()
+
+
+def tiny_policy(
+    family: Family = "qwen2",
+    dtype: torch.dtype = torch.float32,
+    precision: Literal["float32", "bf16", "fp16"] = "float32",
+    **config: Any,
+) -> Policy:
+    """A policy on the CPU around `tiny_model`; `config` overrides entries of the model's configuration.
+
+    The GPT-2 pads with its end-of-sequence token, as most tokenizers do; the Qwen2 has a padding token of its own.
+    """
+    tok = tokenizer()
+    pad_id = tok.pad_token_id if family == "qwen2" else tok.eos_token_id
+    model = tiny_model(family, dtype, **config)
+    return Policy(model, tok, pick_precision(precision, torch.device("cpu")), (tok.eos_token_id,), pad_id)
+
+
+def ends_often(policy: Policy) -> Policy:
+    """The same policy, for which every fifth ordinary token ends a sequence too: completions of many lengths."""
+    return replace(policy, eos_ids=(*policy.eos_ids, *range(5, len(policy.tokenizer), 5)))
+
+
+def adapted(policy: Policy, dropout: float = 0.0) -> Policy:
+    """The policy with a LoRA adapter on every linear layer, filled with random numbers as if it had been trained."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(policy.model, lora)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    return replace(policy, model=model.to(policy.model.dtype).eval())
+
+
+def checkpoint_activations(policy: Policy) -> None:
+    """As `load_policy` does under --gradient_checkpointing."""
+    enable = (
+        getattr(policy.model, "activation_checkpointing_enable", None) or policy.model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
+def random_rows(
+    policy: Policy,
+    prompt_lengths: Sequence[int] = (4, 7, 2),
+    completion_lengths: Sequence[int] = (5, 1, 8),
+    seed: int = 0,
+) -> Rows:
+    """Rows of ordinary random ids with these lengths; every completion closes with the end-of-sequence token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, len(policy.tokenizer), (count,), generator=generator).tolist()  # 0-2 are special
+
+    completions = [[*ids(length - 1), policy.eos_ids[0]] for length in completion_lengths]
+    return pack_rows([ids(length) for length in prompt_lengths], completions, policy.pad_id)
+
+
+def widened(rows: Rows, left: int, right: int, filler: int | None = None) -> Rows:
+    """The same rows with more padding on both sides; with `filler`, every padding token becomes that id."""
+    ids_NL = torch.nn.functional.pad(rows.ids_NL, (left, right), value=filler or 0)
+    wide = Rows(ids_NL, rows.prompt_len_N, rows.completion_len_N, rows.prompt_width + left)
+    return wide if filler is None else replace(wide, ids_NL=torch.where(wide.attention_NL.bool(), ids_NL, filler))
+
+
+EXAMPLES = [
+    Example("Tom has 3 apples. Tom buys 4. How many?", "3+4=<<3+4=7>>7\n#### 7", "7"),
+    Example("Sue has 9 pens. Sue loses 1. Sue finds 2. How many pens does Sue have now?", "#### 10", "10"),
+]
+
+
+def grpo_config(**fields: Any) -> GRPOConfig:
+    """A configuration for `EXAMPLES`: 2 prompts, 3 completions each, of at most 8 tokens, learned in one batch."""
+    small = {"prompts_per_step": 2, "group_size": 3, "max_completion_tokens": 8, "micro_batch": 64}
+    bare = {"prompt_format": "hash", "system_prompt": "", "precision": "float32", "device": "cpu", "lr": 1e-3}
+    return GRPOConfig(**({"model": "tiny"} | small | bare | fields))
+
+
+def length_reward(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Differs from row to row and depends on the text alone."""
+    return [len(text) % 7 / 4 for text in completions]
+
+
+def learner(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, steps: int = 10) -> Learner:
+    """All that `grpo_step` needs, with the real optimizer, put together in the order in which a run does it."""
+    reference = Reference(policy) if config.beta else None
+    policy.model.train()
+    return Learner(config, policy, reference, [Reward("reward", reward)], Optimizer(policy, config, steps))
+
+
+class GradientCatcher:
+    """Stands in for `Optimizer`: keeps each update's losses and gradients, and moves by `lr` down the gradient."""
+
+    def __init__(self, policy: Policy, lr: float = 0.0) -> None:
+        self.policy, self.lr = policy, lr
+        self.gradients: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+        self._loss = 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        self._loss += loss.item()
+        loss.backward()
+
+    @torch.no_grad()
+    def clip_and_step(self) -> tuple[float, bool]:
+        self.losses.append(self._loss)
+        self._loss = 0.0
+        self.gradients.append({name: p.grad.clone() for name, p in self.policy.trainable()})
+        for _, p in self.policy.trainable():
+            p -= self.lr * p.grad
+            p.grad = None
+        return 0.0, False
+
+
+def caught(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, lr: float = 0.0) -> Learner:
+    """As `learner`, with a `GradientCatcher` for its optimizer."""
+    reference = Reference(policy) if config.beta else None
+    policy.model.train()
+    return Learner(config, policy, reference, [Reward("reward", reward)], GradientCatcher(policy, lr))  # type: ignore
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    """A copy of every weight, frozen ones too."""
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@contextmanager
+def forward_calls(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """The keyword arguments of every call of the model while the block runs."""
+    calls: list[dict[str, Any]] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()

@@ -1,0 +1,313 @@
+"""Configuration: preset < --config < flags, one line for every mistake, and a resolved config that repeats a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eval.__main__
+import grpo_core.train
+import sft_core.train
+from eval.__main__ import EvalConfig
+from grpo_core.config import GRPOConfig
+from sft_core.config import as_yaml, parse_config
+from sft_core.train import SFTConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIGS: dict[str, Any] = {"sft_core": SFTConfig, "eval": EvalConfig, "grpo_core": GRPOConfig}
+PRESETS = {package: ROOT / package / "presets" for package in CONFIGS}
+EVERY_PRESET = [(package, file.stem) for package in CONFIGS for file in sorted(PRESETS[package].glob("*.yaml"))]
+
+
+@pytest.fixture
+def presets(tmp_path: Path) -> Path:
+    """A folder of two presets."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "small.yaml").write_text("lr: 0.5\ngroup_size: 3\ntemperature: 0.5\n")
+    (folder / "large.yaml").write_text("group_size: 32\n")
+    return folder
+
+
+def yaml_file(folder: Path, text: str) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# --- layers
+
+
+def test_flags_override_the_config_file_and_the_config_file_overrides_the_preset(tmp_path: Path, presets: Path) -> None:
+    file = yaml_file(tmp_path, "group_size: 4\nlr: 0.25\n")
+    config = parse_config(GRPOConfig, ["--lr", "0.125", "--preset", "small", "--config", file], presets)
+    assert (config.lr, config.group_size, config.temperature) == (0.125, 4, 0.5)
+    assert config.beta == GRPOConfig().beta  # named nowhere: the dataclass's default
+
+
+@pytest.mark.parametrize("argv", [["--model", "m"], ["--model=m"], ["--config", "FILE"], ["--config=FILE"]])
+def test_the_default_preset_gives_way_to_a_model_or_a_config_file(
+    tmp_path: Path, presets: Path, argv: list[str]
+) -> None:
+    file = yaml_file(tmp_path, "beta: 0.5\n")
+    assert parse_config(GRPOConfig, ["--beta", "0.5"], presets, "small").group_size == 3
+    argv = [arg.replace("FILE", file) for arg in argv]
+    assert parse_config(GRPOConfig, argv, presets, "small").group_size == GRPOConfig().group_size
+    assert parse_config(GRPOConfig, [*argv, "--preset", "large"], presets, "small").group_size == 32
+
+
+@pytest.mark.parametrize(("package", "name"), EVERY_PRESET, ids=["/".join(preset) for preset in EVERY_PRESET])
+def test_every_preset_is_a_valid_configuration(package: str, name: str) -> None:
+    config = parse_config(CONFIGS[package], ["--preset", name], PRESETS[package])
+    assert config != CONFIGS[package]()  # it sets something
+
+
+def test_there_is_a_tiny_preset_for_learning_and_it_is_the_default() -> None:
+    assert {("sft_core", "tiny"), ("grpo_core", "tiny")} <= set(EVERY_PRESET)
+    for package in ("sft_core", "grpo_core"):
+        by_default = parse_config(CONFIGS[package], [], PRESETS[package], "tiny")
+        assert by_default == parse_config(CONFIGS[package], ["--preset", "tiny"], PRESETS[package])
+        assert (by_default.model, by_default.task) == ("tiny", "arithmetic")
+
+
+def test_presets_are_found_beside_the_code_that_reads_them() -> None:
+    for module, package in ((sft_core.train, "sft_core"), (eval.__main__, "eval"), (grpo_core.train, "grpo_core")):
+        assert PRESETS[package] == module.PRESETS
+
+
+# --- values
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("lr: 1e-4", "lr", 1e-4),  # YAML 1.1 reads 1e-4 as a string, 1.0e-4 as a number
+        ("lr: 1.0e-4", "lr", 1e-4),
+        ("lr: 1", "lr", 1.0),
+        ("group_size: '4'", "group_size", 4),
+        ("progress: no", "progress", False),
+        ("progress: false", "progress", False),
+        ("tensorboard: true", "tensorboard", True),
+        ("lora_dropout: null", "lora_dropout", 0.0),
+        ("system_prompt: null", "system_prompt", None),
+        ("system_prompt: ''", "system_prompt", ""),
+        ("system_prompt: '--no_progress'", "system_prompt", "--no_progress"),
+        ("system_prompt: |\n  two\n  lines\n", "system_prompt", "two\nlines\n"),
+        ("rewards: [int_reward_func, a:b]", "rewards", ["int_reward_func", "a:b"]),
+        ("rewards: int_reward_func", "rewards", ["int_reward_func"]),
+        ("reward_weights: [1, -0.5, -1e-5]", "reward_weights", [1.0, -0.5, -1e-5]),
+        ("reward_weights: []", "reward_weights", []),
+        ("# nothing but a comment", "group_size", GRPOConfig().group_size),
+    ],
+)
+def test_a_line_of_a_config_file_is_read_as_the_flag_of_that_name(
+    tmp_path: Path, line: str, name: str, value: Any
+) -> None:
+    config = parse_config(GRPOConfig, ["--config", yaml_file(tmp_path, line)])
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_null_in_a_config_file_takes_back_what_the_preset_set(tmp_path: Path, presets: Path) -> None:
+    config = parse_config(GRPOConfig, ["--preset", "small", "--config", yaml_file(tmp_path, "lr: null")], presets)
+    assert (config.lr, config.group_size) == (GRPOConfig().lr, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--no_progress"], "progress", False),
+        (["--progress"], "progress", True),
+        (["--progress", "false"], "progress", False),
+        (["--lora"], "lora", True),
+        (["--rewards", "int_reward_func", "a:b"], "rewards", ["int_reward_func", "a:b"]),
+        (["--reward_weights", "-1e-5", "2"], "reward_weights", [-1e-5, 2.0]),
+        (["--system_prompt", ""], "system_prompt", ""),
+        (["--output_dir="], "output_dir", ""),
+        (["--seed", "4294967295"], "seed", 2**32 - 1),
+    ],
+)
+def test_flags_are_read_by_their_fields_types(argv: list[str], name: str, value: Any) -> None:
+    config = parse_config(GRPOConfig, argv)
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_config(SFTConfig, []).lr = 1.0  # type: ignore[misc]
+
+
+# --- the resolved config
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--system_prompt", ""],
+        ["--system_prompt", "two\nlines: 'and' more # than\t\"that\" ✓\n\n", "--no_progress", "--lr", "1e-7"],
+        ["--system_prompt", "null", "--seed", "0", "--epochs", "0.1"],
+        ["--rewards", "a:b", "int_reward_func", "--reward_weights", "-1e-05", "0.3333333333333333"],
+        ["--from_scratch", "--config_overrides", "hidden_size=64", "layer_types=null"],
+    ],
+)
+def test_the_resolved_config_passes_back_through_config_unchanged(tmp_path: Path, argv: list[str]) -> None:
+    config = parse_config(GRPOConfig, argv)
+    assert parse_config(GRPOConfig, ["--config", yaml_file(tmp_path, as_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(("package", "name"), EVERY_PRESET, ids=["/".join(preset) for preset in EVERY_PRESET])
+def test_every_presets_resolved_config_repeats_it(tmp_path: Path, package: str, name: str) -> None:
+    cls = CONFIGS[package]
+    config = parse_config(cls, ["--preset", name], PRESETS[package])
+    assert parse_config(cls, ["--config", yaml_file(tmp_path, as_yaml(config))], PRESETS[package], "tiny") == config
+
+
+# --- mistakes
+
+
+def message_of(argv: list[str], cls: Any = GRPOConfig, presets: Path | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse_config(cls, argv, presets)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (["--grup_size", "4"], "--group_size"),
+        (["--group", "4"], "--group_size"),  # an abbreviation is not the flag: a later flag could make it ambiguous
+        (["--reward_weigths=1"], "--reward_weights"),
+        (["--learning_rat", "1"], None),
+        (["--xyzzy"], None),
+        (["positional"], None),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest_known_one(argv: list[str], nearest: str | None) -> None:
+    message = message_of(argv)
+    assert message.startswith(f"{argv[0].split('=')[0]}: no such flag")
+    assert nearest is None or message.endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(("key", "nearest"), [("grup_size", "group_size"), ("epsilon_hihg", "epsilon_high")])
+def test_an_unknown_key_is_named_with_its_file_and_the_nearest_known_one(
+    tmp_path: Path, key: str, nearest: str
+) -> None:
+    file = yaml_file(tmp_path, f"lr: 0.1\n{key}: 4\n")
+    assert message_of(["--config", file]) == f"--config {file}: unknown key {key}; did you mean {nearest}?"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("lr: fast", "--lr: invalid float value: 'fast'"),
+        ("group_size: 2.5", "--group_size: invalid int value: '2.5'"),
+        ("max_steps: true", "--max_steps: invalid int value: 'True'"),
+        ("progress: maybe", "--progress: "),
+        ("precision: fp8", "--precision: invalid choice: 'fp8'"),
+        ("- lr", "expected `flag: value` lines"),
+        ("lr", "expected `flag: value` lines"),
+        ("lr: [1\nbeta: }", "not YAML"),
+        ("lr: 1\n\tbeta: 2", "not YAML"),
+    ],
+)
+def test_a_mistake_in_a_config_file_names_the_file_the_key_and_the_value(
+    tmp_path: Path, line: str, complaint: str
+) -> None:
+    file = yaml_file(tmp_path, line)
+    assert message_of(["--config", file]).startswith(f"--config {file}: {complaint}")
+
+
+def test_a_config_file_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
+    assert message_of(["--config", str(tmp_path / "none.yaml")]) == f"--config {tmp_path / 'none.yaml'}: no such file"
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert message_of(["--config", str(binary)]).startswith(f"--config {binary}: not YAML")
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones(presets: Path) -> None:
+    message = message_of(["--preset", "medium"], presets=presets)
+    assert message.startswith("--preset: invalid choice: 'medium'") and "large" in message and "small" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "accepted"),
+    [
+        (["--task", "nowhere.jsonl"], "gsm8k, arithmetic, or the path of an existing JSONL file"),
+        (["--eval_file", "nowhere.jsonl"], "an existing file"),
+        (["--difficulty", "9"], "1 to 8"),
+        (["--shots", "2"], "0 or 1"),
+        (["--max_samples", "-1"], "0 or more"),
+        (["--eval_problems", "-1"], "0 or more"),
+        (["--max_prompt_tokens", "0"], "1 or more"),
+        (["--lora_r", "0"], "1 or more"),
+        (["--lora_dropout", "1"], "0 or more and below 1"),
+        (["--lr", "0"], "more than 0"),
+        (["--lr", "nan"], "more than 0"),
+        (["--warmup_ratio", "1"], "0 or more and below 1"),
+        (["--adam_beta1", "1"], "0 or more and below 1"),
+        (["--adam_beta2", "-0.1"], "0 or more and below 1"),
+        (["--weight_decay", "-1"], "0 or more"),
+        (["--max_grad_norm", "-1"], "0 or more"),
+        (["--epochs", "0"], "more than 0 (or --max_steps)"),
+        (["--micro_batch", "0"], "1 or more"),
+        (["--seed", "-1"], "0 to 2**32 - 1"),
+        (["--log_every", "0"], "1 or more"),
+        (["--save_every", "-1"], "0 or more"),
+        (["--prompts_per_step", "0"], "1 or more"),
+        (["--mu", "0"], "1 or more"),
+        (["--temperature", "0"], "more than 0"),
+        (["--top_p", "0"], "above 0, up to 1"),
+        (["--min_p", "1"], "0 or more and below 1"),
+        (["--epsilon_low", "1.5"], "0 to 1"),
+        (["--beta", "-0.1"], "0 or more"),
+        (["--group_size", "1"], "2 or more"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_flag_and_what_is_accepted(argv: list[str], accepted: str) -> None:
+    flag, value = argv
+    message = message_of(argv)
+    assert message.startswith(f"{flag} {value}")
+    assert f": expected {accepted}" in message
+
+
+def test_flags_that_exclude_or_need_each_other_say_so(tmp_path: Path) -> None:
+    both = message_of(["--lora", "--adapter_path", str(tmp_path)])
+    assert both.startswith("--lora") and "--adapter_path" in both
+    assert "--from_scratch" in message_of(["--config_overrides", "hidden_size=8"])
+    assert "no end" in message_of(["--task", "arithmetic"]) and "--max_steps" in message_of(["--task", "arithmetic"])
+    assert parse_config(GRPOConfig, ["--group_size", "1", "--scale_rewards", "none"]).group_size == 1
+    assert "no end" in message_of(["--task", "arithmetic"], SFTConfig)
+    assert "no end" in message_of(["--task", "arithmetic", "--eval_problems", "0"], EvalConfig)
+    assert "a trained model" in message_of(["--model", "tiny"], EvalConfig)
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = message_of(["--lora"])
+    assert message.startswith("--lora") and "pip install '.[lora]'" in message
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded() -> None:
+    for name in ("gpu", "cuda:99"):
+        assert message_of(["--device", name]).startswith(f"--device {name}: not available here")
+
+
+# --- help
+
+
+@pytest.mark.parametrize("package", CONFIGS)
+def test_help_lists_every_flag_with_its_explanation(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(CONFIGS[package], ["--help"], PRESETS[package])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(CONFIGS[package]):
+        assert f"--{field.name}" in text
+        assert " ".join(field.metadata["help"].split()) in text
+    assert "--preset" in text and "--config" in text

@@ -1,0 +1,147 @@
+"""The import graph is the pipeline, and nothing is imported that setup.cfg does not declare."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = ("rewards", "sft_core", "eval", "grpo_core", "benchmarks")  # each imports only what stands left of it
+SOURCES = sorted(path for package in PIPELINE for path in (ROOT / package).rglob("*.py"))
+
+# A distribution whose import name is another one.
+IMPORT_NAMES = {"pyyaml": "yaml"}
+
+
+class Import:
+    """One import statement's module, and whether it runs when the file is imported."""
+
+    def __init__(self, module: str, line: int, lazy: bool) -> None:
+        self.module, self.line, self.lazy = module, line, lazy
+        self.top = module.partition(".")[0]
+
+
+def imports(source: str, package: str) -> list[Import]:
+    """Every import in a file of `package`; a relative one is named in full."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = child.module or ""
+                yield Import(f"{package}.{module}" if child.level else module, child.lineno, lazy)
+            elif isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
+                names = [arg.value for arg in child.args[:1] if isinstance(arg, ast.Constant)]
+                yield from (Import(str(name), child.lineno, lazy) for name in names)
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            # `if TYPE_CHECKING:` never runs, so what it imports need not be installed.
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+            yield from walk(child, lazy or inside or typing_only)
+
+    return list(walk(ast.parse(source), lazy=False))
+
+
+def import_name(requirement: str) -> str:
+    """`trl==1.16.0` is imported as `trl`."""
+    name = requirement
+    for sign in "<>=!~[; ":
+        name = name.partition(sign)[0]
+    return IMPORT_NAMES.get(name.lower(), name.lower().replace("-", "_"))
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """Import names of the core dependencies and of those that only extras bring."""
+    config = configparser.ConfigParser(inline_comment_prefixes=("#",))
+    config.read(ROOT / "setup.cfg")
+
+    def names(text: str) -> set[str]:
+        return {import_name(line) for line in text.splitlines() if line.strip() and not line.strip().startswith("#")}
+
+    core = names(config["options"]["install_requires"])
+    extras = set().union(*(names(text) for text in config["options.extras_require"].values()))
+    return core, extras - core
+
+
+def arrows_the_wrong_way(source: str, package: str) -> list[str]:
+    """Imports of a package that stands right of `package` in the pipeline, or of the tests."""
+    right = {*PIPELINE[PIPELINE.index(package) + 1 :], "tests"}
+    return [f"line {found.line}: {found.module}" for found in imports(source, package) if found.top in right]
+
+
+def undeclared(source: str, package: str, file_name: str) -> list[str]:
+    """Third-party imports that a plain `pip install .` does not bring and that are not put off until they are used."""
+    core, extras = declared()
+    allowed = {*sys.stdlib_module_names, *PIPELINE, *core}
+    compares = package == "benchmarks" and file_name.startswith("compare")
+
+    def fine(found: Import) -> bool:
+        if found.top == "trl":
+            return compares
+        return found.top in allowed or (found.top in extras and found.lazy)
+
+    return [f"line {found.line}: {found.module}" for found in imports(source, package) if not fine(found)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_points_left_along_the_pipeline(path: Path) -> None:
+    assert arrows_the_wrong_way(path.read_text(), path.relative_to(ROOT).parts[0]) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_third_party_import_is_declared_in_setup_cfg(path: Path) -> None:
+    assert undeclared(path.read_text(), path.relative_to(ROOT).parts[0], path.name) == []
+
+
+def test_rewards_needs_the_standard_library_alone() -> None:
+    for path in (ROOT / "rewards").rglob("*.py"):
+        outside = [i.module for i in imports(path.read_text(), "rewards")]
+        assert all(name.partition(".")[0] in {*sys.stdlib_module_names, "rewards"} for name in outside), path
+
+
+def test_the_packages_of_the_pipeline_are_the_ones_that_are_installed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert [name.strip() for name in config["options"]["packages"].split(",")] == list(PIPELINE)
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} >= set(PIPELINE[:4])
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "wrong"),
+    [
+        ("import grpo_core.step", "sft_core", 1),
+        ("from eval.sampling import sample", "sft_core", 1),
+        ("def late():\n    from eval import sampling", "rewards", 1),
+        ("if TYPE_CHECKING:\n    from grpo_core.config import GRPOConfig", "eval", 1),
+        ("importlib.import_module('grpo_core')", "eval", 1),
+        ("from tests.helpers import tiny_policy", "benchmarks", 1),
+        ("from sft_core.rows import Rows\nimport rewards", "eval", 0),
+        ("from .rows import Rows", "sft_core", 0),
+    ],
+)
+def test_the_walk_sees_an_arrow_the_wrong_way(source: str, package: str, wrong: int) -> None:
+    assert len(arrows_the_wrong_way(source, package)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "file_name", "wrong"),
+    [
+        ("import numpy", "sft_core", "a.py", 1),
+        ("import yaml, torch.nn", "sft_core", "a.py", 0),
+        ("import pyyaml", "sft_core", "a.py", 1),
+        ("import peft", "sft_core", "a.py", 1),
+        ("class A:\n    import peft", "sft_core", "a.py", 1),
+        ("def late():\n    from peft import LoraConfig", "sft_core", "a.py", 0),
+        ("if TYPE_CHECKING:\n    import peft", "sft_core", "a.py", 0),
+        ("def late():\n    import trl", "grpo_core", "a.py", 1),
+        ("def late():\n    import trl", "benchmarks", "speed.py", 1),
+        ("import trl", "benchmarks", "compare_trl.py", 0),
+    ],
+)
+def test_the_walk_sees_an_undeclared_import(source: str, package: str, file_name: str, wrong: int) -> None:
+    assert len(undeclared(source, package, file_name)) == wrong

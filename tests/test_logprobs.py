@@ -1,0 +1,174 @@
+"""What `sft_core.logprobs` claims: padding, its side and its amount change nothing, and the stop token is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft_core.logprobs import token_logprobs
+from sft_core.policy import Policy
+from sft_core.rows import Rows
+from tests.helpers import FAMILIES, Family, random_rows, tiny_policy, widened
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def alone(policy: Policy, rows: Rows, temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities and entropies by the definition: a row at a time, no padding, no mask, no position ids."""
+    logps, entropies = [], []
+    for row in range(len(rows)):
+        start, width = int(rows.prompt_width - rows.prompt_len_N[row]), rows.prompt_width
+        ids_L = rows.ids_NL[row, start : width + int(rows.completion_len_N[row])]
+        logp_LV = (policy.model(ids_L[None]).logits[0] / temperature).log_softmax(dim=-1)
+        first = int(rows.prompt_len_N[row])
+        logps.append(torch.stack([logp_LV[t - 1, ids_L[t]] for t in range(first, len(ids_L))]))
+        entropy_L = -(logp_LV.exp() * logp_LV).sum(dim=-1)
+        entropies.append(entropy_L[first - 1 : -1])
+    return logps, entropies
+
+
+def own(values_NT: Tensor, rows: Rows) -> Tensor:
+    """The values on the completions' own tokens, one after the other."""
+    return values_NT[rows.mask_NT]
+
+
+@contextmanager
+def caught_logits(policy: Policy) -> Iterator[list[Tensor]]:
+    """The logits that the model hands out while the block runs, with their gradients kept."""
+    caught: list[Tensor] = []
+
+    def catch(module: Any, args: Any, output: Any) -> None:
+        output.logits.retain_grad()
+        caught.append(output.logits)
+
+    handle = policy.model.register_forward_hook(catch)
+    yield caught
+    handle.remove()
+
+
+@families
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_rows_in_a_padded_batch_score_as_each_row_alone(family: Family, temperature: float) -> None:
+    policy = tiny_policy(family, torch.float64)
+    rows = random_rows(policy)
+    logp_NT, entropy_NT = token_logprobs(policy, rows, temperature)
+    logps, entropies = alone(policy, rows, temperature)
+    # Qwen2 takes its norms in float32 even in a float64 model.
+    close = {"rtol": 0, "atol": 1e-12 if family == "gpt2" else 1e-6}
+    torch.testing.assert_close(own(logp_NT, rows), torch.cat(logps), **close)
+    torch.testing.assert_close(own(entropy_NT, rows), torch.cat(entropies), **close)
+
+
+@families
+def test_the_amount_and_the_side_of_padding_change_no_logprob(family: Family) -> None:
+    policy = tiny_policy(family)
+    rows = random_rows(policy)
+    expected = own(token_logprobs(policy, rows)[0], rows)
+    for left, right in ((5, 0), (0, 5), (9, 3)):
+        wide = widened(rows, left, right)
+        torch.testing.assert_close(own(token_logprobs(policy, wide)[0], wide), expected, rtol=0, atol=1e-5)
+
+
+@families
+def test_what_stands_in_the_padding_changes_no_logprob(family: Family) -> None:
+    policy = tiny_policy(family)
+    rows = widened(random_rows(policy), 2, 2)
+    scored = [token_logprobs(policy, widened(rows, 0, 0, filler))[0] for filler in (0, policy.eos_ids[0], 77)]
+    assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
+
+
+@families
+def test_leaving_the_attention_mask_out_would_be_seen(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail: left padding that is attended to moves the log-probabilities."""
+    policy = tiny_policy(family)
+    rows = random_rows(policy)
+    expected = token_logprobs(policy, rows)[0]
+    monkeypatch.setattr(Rows, "attention_NL", property(lambda self: torch.ones_like(self.ids_NL)))
+    assert (token_logprobs(policy, rows)[0] - expected).abs().max() > 0.1
+
+
+def test_absolute_positions_that_count_padding_would_be_seen() -> None:
+    policy = tiny_policy("gpt2")
+    rows = random_rows(policy)
+    expected = token_logprobs(policy, rows)[0]
+
+    def drop_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "position_ids": None}
+
+    policy.model.register_forward_pre_hook(drop_positions, with_kwargs=True)
+    assert (token_logprobs(policy, rows)[0] - expected).abs().max() > 0.1
+
+
+@families
+def test_the_stop_token_is_trained(family: Family) -> None:
+    policy = replace(tiny_policy(family), pad_id=2)  # padded with the end-of-sequence id itself
+    rows = random_rows(policy, (4, 7, 2), (5, 1, 8))
+    (eos,) = policy.eos_ids
+    with caught_logits(policy) as logits:
+        token_logprobs(policy, rows)[0].sum().backward()
+    gradient_NTV = logits[0].grad[:, :-1]
+    for row, stop in enumerate((4, 0, 7)):
+        chance = logits[0][row, stop].softmax(dim=-1)[eos]
+        # d log p(eos) / d logit(eos) = 1 - p(eos)
+        torch.testing.assert_close(gradient_NTV[row, stop, eos], 1 - chance)
+        assert gradient_NTV[row, stop + 1 :].abs().sum() == 0  # the same id as padding is not trained
+
+
+def test_padding_has_exactly_zero_logprob_entropy_and_gradient() -> None:
+    policy = tiny_policy()
+    rows = random_rows(policy)
+    with caught_logits(policy) as logits:
+        logp_NT, entropy_NT = token_logprobs(policy, rows)
+        (logp_NT.exp().sum() + (3 * logp_NT).sum()).backward()
+    assert (logp_NT[~rows.mask_NT] == 0).all() and (entropy_NT[~rows.mask_NT] == 0).all()
+    gradient_NTV = logits[0].grad[:, :-1]
+    assert (gradient_NTV[~rows.mask_NT] == 0).all()
+    assert (gradient_NTV[rows.mask_NT].abs().sum(dim=-1) > 0).all()
+
+
+def test_the_temperature_matters_to_every_token() -> None:
+    policy = tiny_policy()
+    rows = random_rows(policy)
+    hot, cold = (own(token_logprobs(policy, rows, temperature)[0], rows) for temperature in (1.3, 0.7))
+    assert ((hot - cold).abs() > 1e-3).all()
+
+
+def test_entropy_carries_no_gradient() -> None:
+    policy = tiny_policy()
+    logp_NT, entropy_NT = token_logprobs(policy, random_rows(policy))
+    assert logp_NT.requires_grad and not entropy_NT.requires_grad
+
+
+def test_the_head_runs_on_completion_positions_only() -> None:
+    policy = tiny_policy()
+    with caught_logits(policy) as logits:
+        token_logprobs(policy, random_rows(policy, (30, 40), (2, 3)))
+    assert logits[0].shape[:2] == (2, 3 + 1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_log_softmax_is_float32_under_autocast(precision: Any) -> None:
+    policy = tiny_policy(precision=precision)
+    rows = random_rows(policy)
+    with caught_logits(policy) as logits:
+        logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7)
+    assert logits[0].dtype == policy.precision.autocast_dtype  # the matrix products did run in half precision
+    assert logp_NT.dtype == entropy_NT.dtype == torch.float32
+    exact_NTV = (logits[0][:, :-1].double() / 0.7).log_softmax(dim=-1)
+    exact_NT = exact_NTV.gather(-1, rows.completion_NT[..., None]).squeeze(-1)
+    torch.testing.assert_close(own(logp_NT, rows).double(), own(exact_NT, rows), rtol=0, atol=1e-5)
+
+
+def test_scoring_leaves_the_rows_unchanged() -> None:
+    policy = tiny_policy()
+    rows = random_rows(policy)
+    before = rows.ids_NL.clone(), rows.prompt_len_N.clone(), rows.completion_len_N.clone()
+    token_logprobs(policy, rows, 0.5)[0].sum().backward()
+    after = rows.ids_NL, rows.prompt_len_N, rows.completion_len_N
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))

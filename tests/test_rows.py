@@ -1,0 +1,92 @@
+"""What `sft_core.rows` claims: lengths alone tell tokens from padding."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_core.rows import Rows, pack_rows, pad
+from tests.helpers import random_rows, tiny_policy, widened
+
+EOS = PAD = 2
+
+# Prompts and completions made of the very ids that stand for padding and for the end of a sequence.
+TREACHEROUS = pack_rows([[PAD, 7, PAD], [5]], [[EOS], [6, PAD, EOS, PAD]], pad_id=PAD)
+
+
+def test_padding_is_on_the_left_of_prompts_and_on_the_right_of_completions() -> None:
+    rows = pack_rows([[5, 6], [7]], [[8], [9, 3]], pad_id=0)
+    assert rows.ids_NL.tolist() == [[5, 6, 8, 0], [0, 7, 9, 3]]
+    assert rows.completion_NT.tolist() == [[8, 0], [9, 3]]
+    assert rows.ids_NL.dtype == torch.int64
+
+
+def test_masks_come_from_lengths_and_not_from_token_values() -> None:
+    assert TREACHEROUS.mask_NT.tolist() == [[True, False, False, False], [True, True, True, True]]
+    assert TREACHEROUS.attention_NL.tolist() == [[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_the_mask_counts_every_completion_token_and_its_stop_token() -> None:
+    rows = random_rows(tiny_policy(), (4, 7, 2), (5, 1, 8))
+    assert rows.mask_NT.sum(dim=1).tolist() == [5, 1, 8]
+    assert rows.attention_NL.sum(dim=1).tolist() == [4 + 5, 7 + 1, 2 + 8]
+    last_N = rows.completion_len_N - 1
+    assert rows.completion_NT[torch.arange(3), last_N].tolist() == [tiny_policy().eos_ids[0]] * 3
+    assert rows.mask_NT[torch.arange(3), last_N].all()
+
+
+def test_the_padding_id_changes_no_mask() -> None:
+    for pad_id in (0, EOS, 7):
+        rows = pack_rows([[PAD, 7, PAD], [5]], [[EOS], [6, PAD, EOS, PAD]], pad_id)
+        assert torch.equal(rows.mask_NT, TREACHEROUS.mask_NT)
+        assert torch.equal(rows.attention_NL, TREACHEROUS.attention_NL)
+
+
+def test_more_padding_changes_no_token() -> None:
+    assert own_tokens(widened(TREACHEROUS, left=3, right=2, filler=9)) == own_tokens(TREACHEROUS)
+
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=5)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=7), st.integers(0, 3), st.integers(1, 8))
+def test_micro_batches_hold_every_row_once_whatever_their_size(
+    pairs: list[tuple[list[int], list[int]]], pad_id: int, size: int
+) -> None:
+    rows = pack_rows([p for p, _ in pairs], [c for _, c in pairs], pad_id)
+    cut = list(rows.micro_batches(size))
+    assert [i for at, _ in cut for i in range(at.start, at.stop)] == list(range(len(pairs)))
+    assert [pair for _, micro in cut for pair in own_tokens(micro)] == pairs
+    assert all(len(micro) == at.stop - at.start <= size for at, micro in cut)
+
+
+def test_a_micro_batch_pays_for_no_other_rows_padding() -> None:
+    (_, first), (_, second) = TREACHEROUS.micro_batches(1)
+    assert first.ids_NL.tolist() == [[PAD, 7, PAD, EOS]]
+    assert second.ids_NL.tolist() == [[5, 6, PAD, EOS, PAD]]
+    assert (first.prompt_width, second.prompt_width) == (3, 1)
+
+
+def test_cutting_and_masking_leave_the_rows_unchanged() -> None:
+    before = TREACHEROUS.ids_NL.clone(), TREACHEROUS.prompt_len_N.clone(), TREACHEROUS.completion_len_N.clone()
+    for _, micro in TREACHEROUS.micro_batches(1):
+        micro.mask_NT.zero_()
+        micro.attention_NL.zero_()
+    TREACHEROUS.mask_NT.zero_()
+    after = TREACHEROUS.ids_NL, TREACHEROUS.prompt_len_N, TREACHEROUS.completion_len_N
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_padding_a_list_leaves_it_unchanged() -> None:
+    sequences = [[1, 2, 3], [4]]
+    assert pad(sequences, 0, "right").tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert sequences == [[1, 2, 3], [4]]
+
+
+def own_tokens(rows: Rows) -> list[tuple[list[int], list[int]]]:
+    """Each row's prompt and completion, by the masks."""
+    P, pairs = rows.prompt_width, []
+    for row, attended, trained in zip(rows.ids_NL, rows.attention_NL.bool(), rows.mask_NT, strict=True):
+        pairs.append((row[:P][attended[:P]].tolist(), row[P:][trained].tolist()))
+    return pairs

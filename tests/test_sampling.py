@@ -1,0 +1,254 @@
+"""What `eval.sampling` claims: samples come from the very distribution that the learner scores, and end where they
+end."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from eval.sampling import Samples, Sampling, completion_lengths, sample
+from sft_core.logprobs import token_logprobs
+from sft_core.policy import Policy
+from tests.helpers import FAMILIES, Family, checkpoint_activations, ends_often, forward_calls, tiny_policy
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+PROMPTS = [[9, 40, 77], [51], [8, 30, 31, 32, 33, 90, 91], [60, 61]] * 2
+EIGHT = Sampling(max_completion_tokens=8)
+
+
+def seeded(policy: Policy, sampling: Sampling = EIGHT, prompts: list[list[int]] = PROMPTS, seed: int = 0) -> Samples:
+    torch.manual_seed(seed)
+    return sample(policy, prompts, sampling)
+
+
+def test_a_completion_ends_with_its_first_end_of_sequence_id() -> None:
+    lengths, ended = completion_lengths(torch.tensor([[5, 2, 6, 2], [5, 6, 7, 8], [5, 6, 7, 2]]), eos_ids=[2])
+    assert lengths.tolist() == [2, 4, 4]
+    assert ended.tolist() == [True, False, True]
+
+
+def test_any_of_several_end_of_sequence_ids_ends_a_completion() -> None:
+    lengths, ended = completion_lengths(torch.tensor([[5, 3, 2], [5, 2, 3], [4, 4, 4], [5, 5, 3]]), eos_ids=[2, 3])
+    assert lengths.tolist() == [2, 2, 3, 3]
+    assert ended.tolist() == [True, True, False, True]
+
+
+def test_an_immediate_end_is_a_completion_of_one_token() -> None:
+    lengths, ended = completion_lengths(torch.tensor([[2, 2, 2], [2, 5, 5]]), eos_ids=[2])
+    assert lengths.tolist() == [1, 1]
+    assert ended.tolist() == [True, True]
+
+
+def test_measuring_lengths_leaves_the_ids_unchanged() -> None:
+    ids = torch.tensor([[5, 2, 6], [2, 2, 2]])
+    completion_lengths(ids, [2])
+    assert ids.tolist() == [[5, 2, 6], [2, 2, 2]]
+
+
+@families
+def test_sampled_completions_stop_at_every_one_of_the_policys_stop_ids(family: Family) -> None:
+    policy = ends_often(tiny_policy(family))
+    samples = seeded(policy)
+    stopped_by = set()
+    for row, (ids, length) in enumerate(
+        zip(samples.rows.completion_NT.tolist(), samples.rows.completion_len_N.tolist(), strict=True)
+    ):
+        assert not set(ids[: length - 1]) & set(policy.eos_ids)
+        assert samples.truncated_N[row] == (ids[length - 1] not in policy.eos_ids)
+        assert length == 8 or not samples.truncated_N[row]
+        stopped_by |= {ids[length - 1]} & set(policy.eos_ids)
+    assert len(stopped_by) > 2
+    assert samples.rows.completion_len_N.unique().numel() > 2
+
+
+def test_a_completion_of_nothing_but_its_stop_token_has_length_one() -> None:
+    policy = tiny_policy()
+    policy = replace(policy, eos_ids=tuple(range(len(policy.tokenizer))))
+    samples = seeded(policy)
+    assert samples.rows.completion_len_N.tolist() == [1] * len(PROMPTS)
+    assert not samples.truncated_N.any()
+    assert samples.logp_NT.isfinite().all() and samples.rows.mask_NT.all()
+
+
+@families
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_the_sampler_records_the_logprob_that_the_learner_computes(family: Family, temperature: float) -> None:
+    policy = ends_often(tiny_policy(family))
+    samples = seeded(policy, replace(EIGHT, temperature=temperature))
+    learned_NT = token_logprobs(policy, samples.rows, temperature)[0]
+    assert samples.logp_NT.shape == learned_NT.shape and samples.logp_NT.dtype == torch.float32
+    torch.testing.assert_close(samples.logp_NT, learned_NT, rtol=0, atol=1e-5)
+    assert (samples.logp_NT[~samples.rows.mask_NT] == 0).all()
+    # At another temperature they differ, so the comparison can fail.
+    assert (samples.logp_NT - token_logprobs(policy, samples.rows, temperature + 0.1)[0]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])
+def test_the_sampler_records_logprobs_of_the_uncut_distribution(cut: dict[str, Any]) -> None:
+    policy = tiny_policy()
+    sampling = replace(EIGHT, temperature=0.7, **cut)
+    samples = seeded(policy, sampling)
+    assert not torch.equal(samples.rows.ids_NL, seeded(policy, replace(EIGHT, temperature=0.7)).rows.ids_NL)
+    torch.testing.assert_close(samples.logp_NT, token_logprobs(policy, samples.rows, 0.7)[0], rtol=0, atol=1e-5)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    """The mean log-probability of many draws is minus the entropy; at 0.8 or 1.2 times the temperature it is not."""
+    policy, draws = tiny_policy(), 4000
+    samples = seeded(policy, Sampling(1, temperature=0.7), [PROMPTS[2]] * draws)
+    with torch.no_grad():
+        logp_NT, entropy_NT = token_logprobs(policy, samples.rows, 0.7)
+        error = logp_NT.std() / draws**0.5
+        assert (logp_NT.mean() + entropy_NT[0]).abs() < 4 * error
+        for factor in (0.8, 1.2):
+            logp_NT, entropy_NT = token_logprobs(policy, samples.rows, 0.7 * factor)
+            assert (logp_NT.mean() + entropy_NT[0]).abs() > 8 * error
+
+
+@families
+def test_greedy_tokens_are_the_likeliest_whatever_the_padding(family: Family) -> None:
+    policy = ends_often(tiny_policy(family))
+    rows = sample(policy, PROMPTS, replace(EIGHT, temperature=0)).rows
+    for row, prompt in enumerate(PROMPTS):
+        ids = list(prompt)
+        for token in rows.completion_NT[row, : rows.completion_len_N[row]].tolist():
+            assert token == int(policy.model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+
+
+def test_a_greedy_sample_records_no_logprobs() -> None:
+    assert sample(tiny_policy(), PROMPTS, replace(EIGHT, temperature=0)).logp_NT.numel() == 0
+
+
+def poison(model: Any) -> GenerationConfig:
+    """Shipped generation settings that would each change the samples."""
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=9.0,
+        top_k=1,
+        top_p=0.1,
+        min_p=0.9,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(100, 300)),
+        begin_suppress_tokens=list(range(3, 100)),
+        forced_bos_token_id=11,
+        forced_eos_token_id=12,
+        bad_words_ids=[[301], [302]],
+        min_new_tokens=7,
+        eos_token_id=[13, 14],
+        pad_token_id=15,
+        max_new_tokens=3,
+    )
+    return model.generation_config
+
+
+@families
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_the_models_own_generation_settings_are_not_inherited(family: Family, temperature: float) -> None:
+    policy = ends_often(tiny_policy(family))
+    sampling = replace(EIGHT, temperature=temperature)
+    clean = seeded(policy, sampling)
+    poison(policy.model)
+    poisoned = seeded(policy, sampling)
+    assert torch.equal(poisoned.rows.ids_NL, clean.rows.ids_NL)
+    assert torch.equal(poisoned.rows.completion_len_N, clean.rows.completion_len_N)
+    assert torch.equal(poisoned.logp_NT, clean.logp_NT)
+
+
+def test_the_models_own_generation_settings_are_put_back() -> None:
+    policy = tiny_policy()
+    shipped = poison(policy.model)
+    before = copy.deepcopy(shipped.to_dict())
+    seeded(policy)
+    assert policy.model.generation_config is shipped
+    assert shipped.to_dict() == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_happens_in_eval_mode_and_restores_the_mode(training: bool) -> None:
+    policy = tiny_policy()
+    policy.model.train(training)
+    modes = []
+    policy.model.register_forward_pre_hook(lambda module, _: modes.append([m.training for m in module.modules()]))
+    seeded(policy)
+    assert modes and not any(map(any, modes))
+    assert all(m.training == training for m in policy.model.modules())
+
+
+def test_a_failed_sampling_puts_mode_and_settings_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy()
+    policy.model.train()
+    shipped = policy.model.generation_config
+
+    def fail(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy.model, "generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        seeded(policy)
+    assert policy.model.training and policy.model.generation_config is shipped
+
+
+@families
+def test_dropout_is_off_while_sampling(family: Family) -> None:
+    dropout = {"attention_dropout": 0.5} if family == "qwen2" else {"resid_pdrop": 0.5, "attn_pdrop": 0.5}
+    with_dropout, without = tiny_policy(family, **dropout), tiny_policy(family)
+    with_dropout.model.train()
+    assert torch.equal(seeded(with_dropout).rows.ids_NL, seeded(without).rows.ids_NL)
+
+
+@families
+def test_gradient_checkpointing_leaves_the_cache_on(family: Family) -> None:
+    policy = tiny_policy(family)
+    checkpoint_activations(policy)
+    policy.model.train()
+    with forward_calls(policy.model) as calls:
+        samples = seeded(policy)
+    widths = [call["input_ids"].shape[1] for call in calls]
+    assert widths == [7] + [1] * (samples.rows.completion_NT.shape[1] - 1)
+
+
+def test_one_prompt_and_one_token_are_enough() -> None:
+    samples = seeded(tiny_policy(), Sampling(1), [[9]])
+    assert samples.rows.ids_NL.shape == (1, 2) and samples.logp_NT.shape == (1, 1)
+    assert samples.rows.completion_len_N.tolist() == [1]
+
+
+def test_texts_hold_the_completions_own_ordinary_tokens_in_order() -> None:
+    policy = replace(ends_often(tiny_policy()), pad_id=77)  # an ordinary id, so that padding would be readable
+    samples = seeded(policy)
+    for text, row, length in zip(
+        samples.texts, samples.rows.completion_NT.tolist(), samples.rows.completion_len_N.tolist(), strict=True
+    ):
+        assert text == policy.tokenizer.decode([token for token in row[:length] if token > 2])  # 0-2 are special
+    assert len(set(samples.texts)) > 1
+
+
+def test_rows_keep_the_prompts_and_their_order() -> None:
+    policy = tiny_policy()
+    samples = seeded(policy)
+    P = samples.rows.prompt_width
+    prompts = [
+        row[P - int(n) : P].tolist() for row, n in zip(samples.rows.ids_NL, samples.rows.prompt_len_N, strict=True)
+    ]
+    assert prompts == PROMPTS
+
+
+def test_samples_can_be_saved_for_a_backward_pass() -> None:
+    samples = seeded(tiny_policy())
+    rows = samples.rows
+    tensors = [rows.ids_NL, rows.prompt_len_N, rows.completion_len_N, samples.logp_NT, samples.truncated_N]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_sampling_leaves_the_prompts_unchanged() -> None:
+    prompts = copy.deepcopy(PROMPTS)
+    seeded(tiny_policy(), prompts=prompts)
+    assert prompts == PROMPTS
