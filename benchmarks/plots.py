@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_core.config import user_errors
+from sft_core.cli import user_errors
 
 # (kind of log line, field, title); evaluations are drawn with their 95% interval where they have one
 PANELS = (

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.evaluate import evaluate, summary_table
-from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, interruptible, parse_config, require, user_errors
+from sft_core.cli import interruptible, parse_config, user_errors
+from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, require
 from sft_core.policy import Source, check_context, find_source, load_policy
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl

@@ -43,7 +43,8 @@ class Reference:
         logp_NT = torch.zeros_like(rows.completion_NT, dtype=dtype)
         with self._active():
             for at, micro in rows.micro_batches(micro_batch):
-                logp_NT[at, : micro.completion_NT.shape[1]] = token_logprobs(self.policy, micro, temperature, entropy=False)[0]
+                part_NT, _ = token_logprobs(self.policy, micro, temperature, entropy=False)
+                logp_NT[at, : part_NT.shape[1]] = part_NT
         return logp_NT
 
     @contextmanager

@@ -20,7 +20,7 @@ from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, load_rewards
-from sft_core.config import interruptible, parse_config, user_errors
+from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, Source, check_context, find_source, load_policy, without_dropout
 from sft_core.prompts import drop_long_prompts

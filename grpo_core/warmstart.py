@@ -9,7 +9,8 @@ from pathlib import Path
 
 import sft_core
 from grpo_core.config import GRPOConfig
-from sft_core.config import as_yaml, parse_config
+from sft_core.cli import parse_config
+from sft_core.config import as_yaml
 from sft_core.train import PRESETS, SFTConfig, prepare
 
 

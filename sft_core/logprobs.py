@@ -38,7 +38,7 @@ def token_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0, entropy
     logits_NTV = logits_NTV.to(torch.promote_types(logits_NTV.dtype, torch.float32))
     if temperature != 1:
         logits_NTV = logits_NTV / temperature
-    # Cross-entropy with one token is minus its log-softmax: one pass over the logits where gather and logsumexp take two.
+    # Cross-entropy with one token is minus its log-softmax, in one pass; gather minus logsumexp takes two.
     logp_NT = -cross_entropy(logits_NTV.flatten(0, 1), rows.completion_NT.flatten(), reduction="none").view_as(mask_NT)
     entropy_NT = _entropy(logits_NTV.detach()) if entropy else torch.zeros_like(logp_NT, requires_grad=False)
     return torch.where(mask_NT, logp_NT, 0.0), torch.where(mask_NT, entropy_NT, 0.0)

@@ -17,17 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from sft_core.config import (
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TaskConfig,
-    flag,
-    interruptible,
-    parse_config,
-    require,
-    user_errors,
-)
+from sft_core.cli import interruptible, parse_config, user_errors
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, Source, check_context, find_source, load_policy

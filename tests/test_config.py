@@ -14,7 +14,8 @@ import grpo_core.train
 import sft_core.train
 from eval.__main__ import EvalConfig
 from grpo_core.config import GRPOConfig
-from sft_core.config import as_yaml, parse_config
+from sft_core.cli import parse_config
+from sft_core.config import as_yaml
 from sft_core.train import SFTConfig
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.reference import Reference
 from rewards import numeric_reward_func
 from sft_core.arithmetic import ArithmeticStream
-from sft_core.config import parse_config
+from sft_core.cli import parse_config
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
 from sft_core.tiny import build_tiny

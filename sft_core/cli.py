@@ -1,0 +1,128 @@
+"""From the command line to a config: preset < --config file < flags. A user's mistake is one line and exit code 2.
+
+A config file (and a preset, which is such a file inside a package) holds `field: value` lines. It is read as if its
+lines had been typed as flags before the real ones, so types, choices and errors are the same for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import yaml
+from transformers import HfArgumentParser
+
+ConfigT = TypeVar("ConfigT")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are exceptions of one line that name the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
+
+    def unknown(self, flags: Sequence[str]) -> NoReturn:
+        name = next((f for f in flags if f.startswith("--")), flags[0]).split("=")[0]
+        known = [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+        )
+
+
+def parse_config(
+    cls: type[ConfigT], argv: Sequence[str], presets: Path | None = None, default_preset: str | None = None
+) -> ConfigT:
+    """Preset, then config file, then flags, each overriding the one before; then the config's own `check()`.
+
+    `default_preset` is used where the command line names neither a preset, nor a config file, nor a model.
+
+    Raises:
+        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check.
+    """
+    names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
+    parser = _Parser(
+        cast(Any, cls), allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0]
+    )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for a flag before Python 3.14
+    if presets:
+        parser.add_argument(
+            "--preset",
+            choices=names,
+            help=f"named settings; default: {default_preset}, unless --model or --config is given",
+        )
+    parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
+    given, _ = parser.parse_known_args(list(argv))
+    preset = getattr(given, "preset", None)
+    if preset is None and not {arg.split("=")[0] for arg in argv} & {"--model", "--config"}:
+        preset = default_preset
+    values: dict[str, Any] = {}
+    if presets and preset:
+        values |= _read_file(presets / f"{preset}.yaml", parser, cls)
+    if given.config:
+        values |= _read_file(given.config, parser, cls)
+    config, _, unknown = parser.parse_args_into_dataclasses(
+        [*_as_flags(values), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.unknown(unknown)
+    config.check()
+    return config
+
+
+def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected `flag: value` lines")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        parser.parse_known_args(_as_flags(values))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    return values
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    """`{"lr": 1e-4, "rewards": ["a", "b"]}` as `["--lr=0.0001", "--rewards", "a", "b"]`; None means the default."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends a run in one line; what was logged and saved until then stays in its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the run folder holds all that was logged and saved until now", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError, which names what the user got wrong, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
