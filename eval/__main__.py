@@ -20,7 +20,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class EvalConfig(TaskConfig, ModelConfig, RunConfig):
+class EvalConfig(RunConfig, ModelConfig, TaskConfig):
     """Greedy evaluation."""
 
     batch_size: int = flag(32, "problems asked at once")

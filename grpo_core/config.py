@@ -13,13 +13,15 @@ from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, fla
 
 
 @dataclass(frozen=True)
-class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
+class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them in micro-batches."""
 
-    prompts_per_step: int = flag(4, "B: prompts in a step")
-    group_size: int = flag(8, "G: completions sampled for each prompt")
-    max_completion_tokens: int = flag(256, "completion budget")
-    temperature: float = flag(1.0, "sampling temperature; the learner's log-probabilities use it too")
+    prompts_per_step: int = flag(4, "B: prompts in a step (4 x 8 completions: what a T4 samples at once)")
+    group_size: int = flag(8, "G: completions sampled for each prompt (8: TRL; DeepSeekMath sampled 64)")
+    max_completion_tokens: int = flag(
+        256, "completion budget in tokens (256: most GSM8K solutions fit, and so does a T4)"
+    )
+    temperature: float = flag(1.0, "sampling temperature, for the learner's log-probabilities too (1: TRL)")
     top_k: int = flag(0, "sample among so many likeliest tokens; 0: all (the learner scores the uncut distribution)")
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
     min_p: float = flag(0.0, "sample among tokens of at least this share of the likeliest one's probability; 0: all")
@@ -31,10 +33,10 @@ class GRPOConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = flag(
         "token_mean", "what a token counts in the loss: DAPO, GRPO or Dr. GRPO (see grpo_core/objective.py)"
     )
-    beta: float = flag(0.0, "weight of the KL to the frozen reference; 0: none, and no reference is held")
+    beta: float = flag(0.0, "weight of the KL to the frozen reference (DeepSeekMath: 0.04); 0: none is held (TRL)")
     epsilon_low: float = flag(0.2, "the ratio is clipped at 1 - this (PPO)")
     epsilon_high: float = flag(0.2, "the ratio is clipped at 1 + this (PPO; DAPO uses 0.28)")
-    mu: int = flag(1, "optimizer steps on each batch of samples")
+    mu: int = flag(1, "optimizer steps on each batch of samples (1: DeepSeekMath, TRL)")
     shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
     eval_batch_size: int = flag(64, "held-out problems asked at once")
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")

@@ -48,7 +48,10 @@ def parse_config(
     """
     names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
     parser = _Parser(
-        cast(Any, cls), allow_abbrev=False, description=(sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0]
+        cast(Any, cls),
+        allow_abbrev=False,
+        usage="%(prog)s [--preset NAME] [--config FILE] [--flag value ...]",
+        description=sys.modules[cls.__module__].__doc__,
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for a flag before Python 3.14
     if presets:

@@ -64,7 +64,7 @@ class ModelConfig:
     from_scratch: bool = flag(False, "random weights in the shape of --model's config.json instead of its weights")
     config_overrides: list[str] = flag([], "with --from_scratch: key=value pairs that replace entries of config.json")
     lora: bool = flag(False, "train a new LoRA adapter instead of all weights (extra: lora)")
-    lora_r: int = flag(16, "LoRA rank")
+    lora_r: int = flag(16, "LoRA rank (16: g5-grpo, train-grpo-script)")
     lora_alpha: int = flag(32, "LoRA scale; the update is multiplied by alpha / r")
     lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without any dropout")
     lora_targets: list[str] = flag(["all-linear"], "names of the adapted layers; all-linear: all but the output head")
@@ -97,13 +97,15 @@ class ModelConfig:
 class OptimConfig:
     """How weights move: AdamW, a schedule, a bound on the gradient."""
 
-    lr: float = flag(1e-6, "peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = flag("linear", "decay to 0 after the warm-up, or none")
+    lr: float = flag(1e-6, "peak learning rate (GRPO's default is TRL's; SFT wants 10 to 100 times as much)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "linear", "decay to 0 after the warm-up, or none (linear: TRL)"
+    )
     warmup_ratio: float = flag(0.0, "share of the steps over which the learning rate rises from 0")
-    adam_beta1: float = flag(0.9, "AdamW's decay of the gradient mean")
-    adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the gradient mean (default: PyTorch's)")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient (default: PyTorch's)")
     weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm (1: TRL); 0: never")
     max_steps: int = flag(0, "optimizer batches to train on; 0: as many as --epochs gives")
     epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
     micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")

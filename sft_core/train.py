@@ -39,7 +39,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class SFTConfig(TaskConfig, ModelConfig, OptimConfig, RunConfig):
+class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     """Supervised fine-tuning."""
 
     batch_size: int = flag(16, "demonstrations in an optimizer step, learned --micro_batch at a time")
