@@ -11,9 +11,10 @@ from pathlib import Path
 from eval.evaluate import evaluate, summary_table
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, require
-from sft_core.policy import Source, check_context, find_source, load_policy
+from sft_core.policy import load_policy
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
+from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, load_heldout
 
 PRESETS = Path(__file__).parent / "presets"

@@ -22,9 +22,10 @@ from grpo_core.warmstart import tiny_sft
 from rewards import Reward, load_rewards
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, Source, check_context, find_source, load_policy, without_dropout
+from sft_core.policy import Policy, load_policy, without_dropout
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
+from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 
 PRESETS = Path(__file__).parent / "presets"

@@ -64,7 +64,7 @@ class ModelConfig:
     from_scratch: bool = flag(False, "random weights in the shape of --model's config.json instead of its weights")
     config_overrides: list[str] = flag([], "with --from_scratch: key=value pairs that replace entries of config.json")
     lora: bool = flag(False, "train a new LoRA adapter instead of all weights (extra: lora)")
-    lora_r: int = flag(16, "LoRA rank (16: g5-grpo, train-grpo-script)")
+    lora_r: int = flag(16, "LoRA rank (16: the presets' sources)")
     lora_alpha: int = flag(32, "LoRA scale; the update is multiplied by alpha / r")
     lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without any dropout")
     lora_targets: list[str] = flag(["all-linear"], "names of the adapted layers; all-linear: all but the output head")
@@ -78,6 +78,12 @@ class ModelConfig:
             "lora",
             self.lora,
             "either --lora (a new adapter) or --adapter_path (one to train further), not both",
+        )
+        require(
+            self.model != "tiny" or not (self.adapter_path or self.from_scratch),
+            "model",
+            self.model,
+            "a model folder or hub name, where --adapter_path or --from_scratch is given",
         )
         require(
             self.from_scratch or not self.config_overrides,

@@ -21,7 +21,7 @@ from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, Source, check_context, find_source, load_policy
+from sft_core.policy import Policy, load_policy
 from sft_core.prompts import (
     FORMATS,
     demonstration,
@@ -32,6 +32,7 @@ from sft_core.prompts import (
 )
 from sft_core.rows import Rows, pack_rows
 from sft_core.runlog import RunFolder, Stopwatch
+from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 from sft_core.tiny import build_tiny
 

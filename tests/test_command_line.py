@@ -200,6 +200,20 @@ def test_a_budget_over_the_built_in_models_context_is_refused_too(
     assert workplace.snapshot() == before
 
 
+@pytest.mark.parametrize("flags", [["--adapter_path", "/no/such/adapter"], ["--from_scratch"]])
+@pytest.mark.parametrize("program", ["sft_core.train", "grpo_core.train"])
+def test_the_built_in_model_takes_no_adapter_and_no_other_shape(
+    workplace: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    flags: list[str],
+) -> None:
+    """An --adapter_path without its --model is easily typed, and must not wait for the built-in model's SFT."""
+    forbid_models(monkeypatch)
+    assert the_error_line(flags, program, capsys).startswith("--model tiny: expected a model folder or hub name")
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_model_that_the_hub_does_not_give_is_one_line(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sft_core.logprobs
 from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy
 from sft_core.rows import Rows
@@ -143,6 +144,23 @@ def test_entropy_carries_no_gradient() -> None:
     policy = tiny_policy()
     logp_NT, entropy_NT = token_logprobs(policy, random_rows(policy))
     assert logp_NT.requires_grad and not entropy_NT.requires_grad
+
+
+def test_entropy_is_the_same_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(dtype=torch.float64)
+    rows = random_rows(policy, (4, 7, 2, 3), (5, 1, 8, 2))
+    whole = token_logprobs(policy, rows, 0.7)[1]
+    for rows_at_once in (1, 3):
+        monkeypatch.setattr(sft_core.logprobs, "ENTROPY_CHUNK", rows_at_once * 8 * len(policy.tokenizer))
+        torch.testing.assert_close(token_logprobs(policy, rows, 0.7)[1], whole, rtol=0, atol=1e-12)
+
+
+def test_leaving_the_entropy_out_changes_no_logprob() -> None:
+    policy = tiny_policy()
+    rows = random_rows(policy)
+    logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7, entropy=False)
+    assert torch.equal(logp_NT, token_logprobs(policy, rows, 0.7)[0])
+    assert entropy_NT.shape == logp_NT.shape and not entropy_NT.any() and not entropy_NT.requires_grad
 
 
 def test_the_head_runs_on_completion_positions_only() -> None:

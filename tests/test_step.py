@@ -293,6 +293,18 @@ def test_the_first_update_has_ratio_exactly_one_and_the_samplers_logprobs(family
     assert means["sampler_gap_max"] < 1e-5
 
 
+def test_the_sampler_gap_is_measured_on_the_completions_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, policy = grpo_config(micro_batch=4), ends_often(tiny_policy())
+    samples = sample_groups(policy, EXAMPLES, config)
+    assert not samples.rows.mask_NT.all()
+    off_NT = torch.where(samples.rows.mask_NT, 0.5, 0.0)
+    off_NT[0, 0] += 0.25
+    fixed(monkeypatch, replace(samples, logp_NT=samples.logp_NT + off_NT))
+    gap = step(caught(policy, config)).tally.gap
+    assert gap["sampler_gap_mean"] == pytest.approx(0.5 + 0.25 / int(samples.rows.mask_NT.sum()), abs=1e-5)
+    assert gap["sampler_gap_max"] == pytest.approx(0.75, abs=1e-5)
+
+
 @pytest.mark.parametrize("mu", [1, 4])
 def test_a_step_samples_once_however_many_updates_it_takes(mu: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = ends_often(tiny_policy())
