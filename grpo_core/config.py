@@ -48,13 +48,13 @@ class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     def check(self) -> None:
         for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
             part.check(self)
-        for name in ("prompts_per_step", "group_size", "max_completion_tokens", "mu", "eval_batch_size"):
+        for name in ("prompts_per_step", "max_completion_tokens", "mu", "eval_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(
-            self.group_size > 1 or self.scale_rewards != "group",
+            self.group_size >= 2,
             "group_size",
             self.group_size,
-            "2 or more: a completion is judged against the others of its group (--scale_rewards group)",
+            "2 or more: a completion is judged against the others of its group",
         )
         require(
             self.temperature > 0, "temperature", self.temperature, "more than 0: a group of greedy answers is all alike"

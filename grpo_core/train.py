@@ -52,7 +52,8 @@ class GRPOJob:
         reference = Reference(policy) if config.beta else None
         without_dropout(policy.model)
         steps = config.max_steps or math.ceil(config.epochs * (task.size or 0) / config.prompts_per_step)
-        learner = Learner(config, policy, reference, self.rewards, Optimizer(policy, config, steps))
+        optimizer = Optimizer(policy, config, steps * config.mu)
+        learner = Learner(config, policy, reference, self.rewards, optimizer)
 
         before = held_out(policy, task, config, folder, step=0)
         train(learner, task, folder, steps)

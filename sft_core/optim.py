@@ -46,6 +46,7 @@ class Optimizer:
             The gradient's norm before clipping, and whether the same batch should be learned again: under fp16 the
             scaler's factor was too large, and has been halved. A gradient that is infinite at factor 1 is a real one.
         """
+        scale = self.scaler.get_scale()
         self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
         finite = math.isfinite(grad_norm)
@@ -54,4 +55,4 @@ class Optimizer:
             self.schedule.step()
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
-        return grad_norm, not finite and self.scaler.get_scale() > 1
+        return grad_norm, not finite and 1 < self.scaler.get_scale() < scale

@@ -54,7 +54,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     Weights are read from safetensors only and no code from a model's repository is run.
 
     Raises:
-        ValueError: as `find_source`; a model without an end-of-sequence token; --lora without the peft package.
+        ValueError: as `find_source`; a model without an end-of-sequence token.
     """
     source = source or find_source(config)
     device = pick_device(config.device)
@@ -93,11 +93,8 @@ def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
 
 def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
     """Put a LoRA adapter on the model: the one at `source.adapter`, to be trained further, or a new one that adds 0."""
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        flag = "--lora" if config.lora else f"the adapter {source.adapter}"
-        raise ValueError(f"{flag} needs the peft package: pip install '.[lora]'") from error
+    from peft import LoraConfig, PeftModel, get_peft_model  # an extra; `check` and `find_source` ask for it
+
     if source.adapter is not None:
         return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
     lora = LoraConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def find_source(config: ModelConfig) -> Source:
         description = Path(adapter) / "adapter_config.json"
         if not description.is_file():
             raise ValueError(f"--adapter_path {adapter}: holds no adapter_config.json, so it is not a LoRA adapter")
+        if find_spec("peft") is None:
+            raise ValueError(f"the adapter {adapter} needs the peft package: pip install '.[lora]'")
         if adapter == base:
             base = _base_of(description)
     try:

@@ -106,9 +106,10 @@ def test_groups_that_teach_nothing_are_those_without_two_different_rewards() -> 
     assert zero_spread(rewards).tolist() == [True, False, True, False, True, True]
 
 
-def test_a_group_of_one_is_refused_where_its_spread_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="--group_size 1: expected 2 or more"):
-        grpo_config(group_size=1, scale_rewards="group", max_steps=1).check()
+def test_a_group_of_one_is_refused_because_it_is_its_own_baseline() -> None:
+    for scale in ("group", "batch", "none"):
+        with pytest.raises(ValueError, match="--group_size 1: expected 2 or more"):
+            grpo_config(group_size=1, scale_rewards=scale, max_steps=1).check()
     assert group_advantages(table([3.0], [4.0]), "none").tolist() == [[0.0], [0.0]]
 
 

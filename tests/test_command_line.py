@@ -143,7 +143,7 @@ REWARD_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such reward": (["--rewards", "numeric"], ["--rewards 'numeric': no such reward", "numeric_reward_func"]),
     "no such reward module": (["--rewards", "no_module:reward"], ["--rewards 'no_module:reward'", "cannot import"]),
     "weights for other rewards": (["--reward_weights", "1", "2"], ["--reward_weights: 2 weights"]),
-    "group size 1 with scaling": (["--group_size", "1"], ["--group_size 1: expected 2 or more", "--scale_rewards"]),
+    "group size 1 with scaling": (["--group_size", "1"], ["--group_size 1: expected 2 or more"]),
     "wrong type in YAML": (["--config", "wrong-type.yaml"], ["wrong-type.yaml: --micro_batch", "'many'"]),
 }
 
@@ -198,6 +198,16 @@ def test_a_budget_over_the_built_in_models_context_is_refused_too(
     line = the_error_line(["--max_completion_tokens", "1000"], program, capsys)
     assert "--max_completion_tokens 1000: more than the 256 tokens that the built-in model can hold" in line
     assert workplace.snapshot() == before
+
+
+@pytest.mark.parametrize("flags", [["--model", "bad-adapter"], ["--lora"]])
+def test_an_adapter_without_peft_is_one_line_that_says_what_to_install(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    forbid_models(monkeypatch)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for program in PROGRAMS:
+        assert "pip install '.[lora]'" in the_error_line(workplace.argv(program, *flags), program, capsys)
 
 
 @pytest.mark.parametrize("flags", [["--adapter_path", "/no/such/adapter"], ["--from_scratch"]])

@@ -187,3 +187,12 @@ def test_with_lora_the_base_model_is_frozen() -> None:
     learn.clip_and_step()
     moved = {name for name, weight in weights(policy).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if "lora_" in name}
+
+
+def test_a_norm_that_overflows_where_no_element_does_is_not_learned_again_for_ever() -> None:
+    policy = tiny_policy(precision="fp16")
+    learn, before = optimizer(policy), weights(policy)
+    learn.backward(loss(policy, slope=1e20))  # finite even times the scaler's factor; its square is not
+    grad_norm, again = learn.clip_and_step()
+    assert grad_norm == float("inf") and not again
+    assert largest_difference(before, weights(policy)) == 0

