@@ -11,7 +11,7 @@ from pathlib import Path
 from eval.evaluate import evaluate, summary_table
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, require
-from sft_core.policy import load_policy
+from sft_core.policy import load_policy, load_tokenizer
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
@@ -55,8 +55,9 @@ class EvalJob:
         config = self.config
         folder = RunFolder(config, "eval")
         policy = load_policy(config, self.source)
-        examples = drop_long_prompts(self.heldout, policy.tokenizer, config)
-        result = evaluate(policy, examples, config, config.max_completion_tokens, config.batch_size, config.progress)
+        result = evaluate(
+            policy, self.heldout, config, config.max_completion_tokens, config.batch_size, config.progress
+        )
         append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
         folder.log("eval", 0, result.summary())
         folder.close()
@@ -72,7 +73,8 @@ def prepare(config: EvalConfig) -> EvalJob:
     """
     source = find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
-    return EvalJob(config, load_heldout(config), source)
+    examples = drop_long_prompts(load_heldout(config), load_tokenizer(source), config)
+    return EvalJob(config, examples, source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

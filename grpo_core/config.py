@@ -1,6 +1,7 @@
 """GRPO on a language model: sample groups of answers, reward them, learn from the better ones.
 
-Without --model, --config or --preset it trains the built-in model on arithmetic word problems, on any CPU, in minutes.
+Without a --model, --task, --config or --preset it trains the built-in model on arithmetic word problems, on any CPU,
+in minutes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from grpo_core.warmstart import tiny_sft
 from rewards import Reward, load_rewards
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, load_policy, without_dropout
+from sft_core.policy import Policy, load_policy, load_tokenizer, without_dropout
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
@@ -43,12 +43,11 @@ class GRPOJob:
 
     def run(self) -> Path:
         """Train; print the comparison of before and after; return the run folder."""
-        config = self.config
+        config, task = self.config, self.task
         source = self.source or find_source(replace(config, model=str(tiny_sft(config))))
         folder = RunFolder(config, "grpo")
         set_seed(config.seed)
         policy = load_policy(config, source)
-        task = self.task.filtered(lambda examples: drop_long_prompts(examples, policy.tokenizer, config))
         reference = Reference(policy) if config.beta else None
         without_dropout(policy.model)
         steps = config.max_steps or math.ceil(config.epochs * (task.size or 0) / config.prompts_per_step)
@@ -185,7 +184,9 @@ def prepare(config: GRPOConfig) -> GRPOJob:
     rewards = load_rewards(config.rewards, config.reward_weights)
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
-    return GRPOJob(config, load_task(config, config.seed), rewards, source)
+    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
+    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
+    return GRPOJob(config, task, rewards, source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

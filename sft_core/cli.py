@@ -41,7 +41,7 @@ def parse_config(
 ) -> ConfigT:
     """Preset, then config file, then flags, each overriding the one before; then the config's own `check()`.
 
-    `default_preset` is used where the command line names neither a preset, nor a config file, nor a model.
+    `default_preset` is used where the command line names no preset, no config file, and no model or task of its own.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check.
@@ -58,13 +58,16 @@ def parse_config(
         parser.add_argument(
             "--preset",
             choices=names,
-            help=f"named settings; default: {default_preset}, unless --model or --config is given",
+            help=f"named settings; default: {default_preset}, unless --model, --task or --config is given",
         )
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
     given, _ = parser.parse_known_args(list(argv))
-    preset = getattr(given, "preset", None)
-    if preset is None and not {arg.split("=")[0] for arg in argv} & {"--model", "--config"}:
-        preset = default_preset
+    named = {argument.split("=")[0] for argument in argv}
+    own_job = "--config" in named or any(
+        f"--{name}" in named and getattr(given, name) != built_in
+        for name, built_in in (("model", "tiny"), ("task", "arithmetic"))
+    )
+    preset = getattr(given, "preset", None) or (None if own_job else default_preset)
     values: dict[str, Any] = {}
     if presets and preset:
         values |= _read_file(presets / f"{preset}.yaml", parser, cls)

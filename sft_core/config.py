@@ -30,10 +30,12 @@ class TaskConfig:
     )
     difficulty: int = flag(3, "arithmetic: the most operations in a problem (the fewest is one less)")
     max_samples: int = flag(0, "use only the first so many training problems; 0: all")
-    eval_problems: int = flag(200, "how many held-out problems an evaluation asks")
+    eval_problems: int = flag(
+        200, "how many held-out problems an evaluation asks; 0: all of a test split or --eval_file, and none otherwise"
+    )
     prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
     shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
-    system_prompt: str | None = flag(None, "replaces the format's own system prompt; '' sends none")
+    system_prompt: str | None = flag(None, "replaces the format's own; '' sends none (chat templates may add theirs)")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped, and counted, before training starts")
 
     def check(self) -> None:

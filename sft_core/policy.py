@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_core import tiny
 from sft_core.config import ModelConfig
 from sft_core.precision import Precision, pick_device, pick_precision
 from sft_core.source import Source, find_source
+
+# peft 0.21 asks transformers 5 for an attribute by its old name, which is no concern of the person who trains.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
 PLAIN_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
@@ -48,6 +53,22 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def load_tokenizer(source: Source | None) -> Any:
+    """The tokenizer of a source (None: the built-in model's), in any case with a chat template.
+
+    Raises:
+        ValueError: nothing ends a sequence.
+    """
+    if source is None:
+        return tiny.build_tokenizer()
+    own = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(source.adapter if own else source.base)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    end_of_sequence_ids(tokenizer, source)
+    return tokenizer
+
+
 def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     """Tokenizer and model in float32 on the chosen device, with its LoRA adapter loaded or newly made where asked.
 
@@ -58,10 +79,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     """
     source = source or find_source(config)
     device = pick_device(config.device)
-    own_tokenizer = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(source.adapter if own_tokenizer else source.base)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    tokenizer = load_tokenizer(source)
     eos_ids = end_of_sequence_ids(tokenizer, source)
     if config.from_scratch:
         model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32)

@@ -21,7 +21,7 @@ from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, load_policy
+from sft_core.policy import Policy, load_policy, load_tokenizer
 from sft_core.prompts import (
     FORMATS,
     demonstration,
@@ -119,7 +119,6 @@ class SFTJob:
         folder = RunFolder(config, "sft")
         source = self.source or find_source(replace(config, model=str(build_tiny(folder.path / "base", config.seed))))
         policy = load_policy(config, source)
-        task = task.filtered(lambda examples: drop_long_prompts(examples, policy.tokenizer, config))
         size = task.size or 0
         steps = config.max_steps or math.ceil(config.epochs * size / config.batch_size)
         optimizer = Optimizer(policy, config, steps)
@@ -154,7 +153,9 @@ def prepare(config: SFTConfig) -> SFTJob:
     """
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
-    return SFTJob(config, load_task(config, config.seed), source)
+    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
+    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
+    return SFTJob(config, task, source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

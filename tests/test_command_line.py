@@ -43,7 +43,7 @@ class Workplace:
 
     def argv(self, program: str, *more: str) -> list[str]:
         """A command that would work, and what is wrong with it."""
-        good = ["--model", str(self.model), "--task", "good.jsonl"]
+        good = ["--model", str(self.model), "--task", "good.jsonl", "--system_prompt="]
         good += ["--max_prompt_tokens", "100", "--max_completion_tokens", "50"]
         steps = [] if program == "eval" else ["--max_steps", "1"]
         return [*good, *steps, *more]
@@ -131,6 +131,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # what: the flags, and wha
         ["--max_completion_tokens", "157"],
         ["--max_prompt_tokens 100 + --max_completion_tokens 157", "256 tokens"],
     ),
+    "every prompt too long": (["--max_prompt_tokens", "5"], ["--max_prompt_tokens 5: all", "prompts are longer"]),
     "output folder in use": (["--output_dir", "runs/old"], ["--output_dir runs/old", "new or empty"]),
     "output folder below a file": (["--output_dir", "good.jsonl/run"], ["--output_dir good.jsonl/run"]),
     "bad device": (["--device", "gpu"], ["--device gpu: not available here"]),

@@ -298,6 +298,26 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded() -> Non
         assert message_of(["--device", name]).startswith(f"--device {name}: not available here")
 
 
+# --- the default preset
+
+
+@pytest.mark.parametrize(
+    ("argv", "model"),
+    [
+        ([], "tiny"),
+        (["--lr", "1"], "tiny"),
+        (["--model", "tiny"], "tiny"),
+        (["--model=tiny", "--task=arithmetic"], "tiny"),
+        (["--task", "gsm8k"], GRPOConfig().model),
+        (["--task=gsm8k"], GRPOConfig().model),
+        (["--model", "some/model"], "some/model"),
+        (["--preset", "t4"], "Qwen/Qwen2.5-0.5B-Instruct"),
+    ],
+)
+def test_the_built_in_job_is_the_default_until_a_model_or_task_is_named(argv: list[str], model: str) -> None:
+    assert parse_config(GRPOConfig, argv, PRESETS["grpo_core"], "tiny").model == model
+
+
 # --- help
 
 
