@@ -43,7 +43,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def draw(runs: Sequence[Path], output: Path) -> None:
     """Write the panels of all runs to one picture."""
-    logs = {run.name: read_log(run) for run in runs}
+    logs = {str(run): read_log(run) for run in runs}
     try:
         import matplotlib
     except ImportError as error:
@@ -64,7 +64,8 @@ def draw(runs: Sequence[Path], output: Path) -> None:
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
     if len(logs) > 1:
-        axes.flat[0].legend(fontsize=8)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)
 

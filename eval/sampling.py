@@ -1,4 +1,5 @@
-"""Completions from a policy, through `model.generate`, drawn from exactly the distribution that the learner scores."""
+"""Completions from a policy, through `model.generate`: drawn, unless top-k, top-p or min-p cut it, from just the
+distribution that the learner scores."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ def zero_spread(reward_BG: Tensor) -> Tensor:
     return highest_B <= lowest_B
 
 
-def nan_std(values_RC: Tensor) -> Tensor:
-    """Standard deviation of each row over n - 1, leaving NaNs out; (R, 1), NaN for rows of fewer than two values."""
-    known = ~values_RC.isnan()
-    deviation = torch.where(known, values_RC - values_RC.nanmean(dim=1, keepdim=True), 0.0)
+def nan_std(values: Tensor) -> Tensor:
+    """Standard deviation of each row of a matrix over n - 1, leaving NaNs out, as a column; NaN below two values."""
+    known = ~values.isnan()
+    deviation = torch.where(known, values - values.nanmean(dim=1, keepdim=True), 0.0)
     freedom = (known.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     return (deviation.square().sum(dim=1, keepdim=True) / freedom).sqrt()

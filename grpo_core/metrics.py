@@ -7,7 +7,7 @@ counts nowhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from grpo_core.config import GRPOConfig
 from rewards import same_number
 from sft_core.prompts import FORMATS
 from sft_core.tasks import Example
+
+if TYPE_CHECKING:
+    from grpo_core.step import StepReport
 
 
 class Tally:
@@ -54,7 +57,7 @@ class Tally:
         }
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.float()
-        self.ratio_range.append(torch.stack(ratio_NT.aminmax()))
+        self.ratio_range.append(torch.stack(ratio_NT[mask_NT].aminmax()))
 
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp: dict[int, Tensor], mask_NT: Tensor) -> None:
@@ -87,8 +90,9 @@ class Tally:
         }
 
 
-def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) -> dict[str, Any]:
-    """The log line of a step, from its `grpo_core.step.StepReport`. Times in seconds, each measured."""
+def step_record(report: StepReport, examples: Sequence[Example], config: GRPOConfig) -> dict[str, Any]:
+    """The log line of a step. Times in seconds: `backward_time_s` is the learner's (forward, backward and optimizer);
+    `other_time_s` is all but generation and learner, so rewards and reference are within it."""
     rows, samples, seconds = report.samples.rows, report.samples, report.clock.seconds
     lengths_N = rows.completion_len_N.float()
     reward_BG, advantage_BG = report.reward_BG, report.advantage_BG
@@ -97,7 +101,7 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
     correct = [
         bool(a) and same_number(a, e) for a, e in zip(*extracted_and_expected(report, examples, config), strict=True)
     ]
-    record = {
+    record: dict[str, Any] = {
         **report.tally.means(config.beta),
         "reward_mean": float(known.mean()),
         "reward_std": float(nan_std(reward_BG.flatten()[None])),
@@ -126,8 +130,10 @@ def step_record(report: Any, examples: Sequence[Example], config: GRPOConfig) ->
     return record
 
 
-def extracted_and_expected(report: Any, examples: Sequence[Example], config: GRPOConfig) -> tuple[list[str], list[str]]:
-    """For each row: the answer found in the completion by the prompt format's rule ('': none), and the gold one."""
+def extracted_and_expected(
+    report: StepReport, examples: Sequence[Example], config: GRPOConfig
+) -> tuple[list[str], list[str]]:
+    """For each row: the answer found by the prompt format's rule ('': none), and the gold one."""
     extract = FORMATS[config.prompt_format].extract
     expected = [example.answer for example in examples for _ in range(config.group_size)]
     return [extract(text) or "" for text in report.samples.texts], expected

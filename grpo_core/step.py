@@ -31,6 +31,8 @@ from sft_core.prompts import encode_prompt, prompt_messages
 from sft_core.runlog import Stopwatch
 from sft_core.tasks import Example
 
+REWARD_COLUMNS = ("question", "answer", "solution")  # what reward functions get of an `Example`, by these names
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -84,7 +86,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
                 cut = (at, slice(micro.completion_NT.shape[1]))
                 logp_NT, entropy_NT = token_logprobs(policy, micro, config.temperature)
                 old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())
-                ratio_NT = importance_ratio(logp_NT, old_logp_NT)
+                ratio_NT = importance_ratio(logp_NT, old_logp_NT)  # first pass: 1, with the gradient of log pi_theta
                 surrogate_NT = clipped_surrogate(ratio_NT, advantage_N[at], config.epsilon_low, config.epsilon_high)
                 kl_NT = k3_kl(logp_NT, ref_logp_NT[cut]) if learner.reference else torch.zeros_like(logp_NT)
                 loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()
@@ -110,11 +112,7 @@ def score_groups(
 ) -> tuple[Scores, Tensor]:
     """Every reward function's values, and their weighted sums as reward_BG (float32, on the CPU)."""
     repeated = [example for example in examples for _ in range(config.group_size)]
-    columns = {
-        "question": [example.question for example in repeated],
-        "answer": [example.answer for example in repeated],
-        "solution": [example.solution for example in repeated],
-    }
+    columns = {name: [getattr(example, name) for example in repeated] for name in REWARD_COLUMNS}
     scores = score(rewards, columns["question"], samples.texts, columns)
     reward_N = torch.tensor(scores.total, dtype=torch.float32)
     if config.shuffle_rewards:

@@ -17,9 +17,9 @@ from eval.evaluate import Evaluation, evaluate, summary_table
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import extracted_and_expected, step_record
 from grpo_core.reference import Reference
-from grpo_core.step import Learner, StepReport, grpo_step
+from grpo_core.step import REWARD_COLUMNS, Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
-from rewards import Reward, load_rewards
+from rewards import Reward, check_signatures, load_rewards
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, load_policy, load_tokenizer, without_dropout
@@ -29,7 +29,6 @@ from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 
 PRESETS = Path(__file__).parent / "presets"
-SKIPPED_STEPS_IN_A_ROW = 5  # then the run stops: the weights, not the batch, are at fault
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class GRPOJob:
 def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
     """`steps` steps of Algorithm 1 with what people want to see of them."""
     config, policy = learner.config, learner.policy
-    skipped = 0
     policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
     bar = tqdm(range(1, steps + 1), desc="GRPO", disable=not config.progress, unit="step")
     for step in bar:
@@ -79,7 +77,6 @@ def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
         report = grpo_step(learner, examples)
 
         record = step_record(report, examples, config)
-        skipped = 0 if math.isfinite(report.grad_norm) else skipped + 1
         bar.set_postfix(
             reward=f"{record['reward_mean']:.2f}",
             accuracy=f"{record['accuracy']:.0%}",
@@ -87,13 +84,14 @@ def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
         )
         if step % config.log_every == 0 or step == steps:
             epoch = step * config.prompts_per_step / task.size if task.size else 0.0
-            about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed, "skipped_steps": skipped}
+            about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
+            about["skipped_steps"] = learner.optimizer.skipped
             folder.log("train", step, {**about, **record})
-        append_jsonl(folder.path / "completions.jsonl", completion_records(step, report, examples, config))
+        completions = completion_records(step, report, examples, config)
+        append_jsonl(folder.path / "completions.jsonl", completions)
         if config.show_every and step % config.show_every == 0:
-            bar.write(shown_sample(step, report, examples, config))
-        if skipped == SKIPPED_STEPS_IN_A_ROW:
-            raise FloatingPointError(f"{skipped} steps in a row had a gradient that is not finite; see {folder.path}")
+            bar.write(shown(completions[0]))
+        learner.optimizer.stop_if_lost()
         if config.eval_every and step % config.eval_every == 0 and step != steps:
             held_out(policy, task, config, folder, step)
         if config.save_every and step % config.save_every == 0 and step != steps:
@@ -136,13 +134,12 @@ def completion_records(
     ]
 
 
-def shown_sample(step: int, report: StepReport, examples: Sequence[Example], config: GRPOConfig) -> str:
-    """The step's first completion, for the person who watches."""
-    first = completion_records(step, report, examples, config)[0]
+def shown(completion: dict[str, Any]) -> str:
+    """A completion record, for the person who watches."""
     return (
-        f"--- step {step}, reward {first['reward']:.2f}\n"
-        f"Question:  {first['question']}\nExpected:  {first['expected']}\n"
-        f"Response:  {indented(first['response'])}\nExtracted: {first['extracted'] or '(no answer found)'}"
+        f"--- step {completion['step']}, reward {completion['reward']:.2f}\n"
+        f"Question:  {completion['question']}\nExpected:  {completion['expected']}\n"
+        f"Response:  {indented(completion['response'])}\nExtracted: {completion['extracted'] or '(no answer found)'}"
     )
 
 
@@ -182,6 +179,7 @@ def prepare(config: GRPOConfig) -> GRPOJob:
         ValueError: as `load_rewards`, `load_task`, `find_source` and `check_context`.
     """
     rewards = load_rewards(config.rewards, config.reward_weights)
+    check_signatures(rewards, REWARD_COLUMNS)
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
     task, tokenizer = load_task(config, config.seed), load_tokenizer(source)

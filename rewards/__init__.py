@@ -1,6 +1,6 @@
 """What is this text worth? Strings in, floats out: answer extraction, reward functions, their weighted sum."""
 
-from rewards.combine import REWARDS, Reward, RewardFunction, Scores, load_reward, load_rewards, score
+from rewards.combine import REWARDS, Reward, RewardFunction, Scores, check_signatures, load_reward, load_rewards, score
 from rewards.extract import (
     extract_hash_answer,
     extract_xml_answer,
@@ -27,6 +27,7 @@ __all__ = [
     "Reward",
     "RewardFunction",
     "Scores",
+    "check_signatures",
     "completion_text",
     "correctness_reward_func",
     "extract_hash_answer",

@@ -143,6 +143,7 @@ def score(
     lengths = {"completions": len(completions)} | {name: len(column) for name, column in columns.items()}
     assert set(lengths.values()) == {len(prompts)}, f"{len(prompts)} prompts, but {lengths}"
 
+    check_signatures(rewards, list(columns))
     by_function = {reward.name: _values(reward, prompts, completions, columns) for reward in rewards}
     total = []
     for row in range(len(completions)):
@@ -153,17 +154,26 @@ def score(
     return Scores(total, by_function)
 
 
+def check_signatures(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
+    """Refuse a reward function that cannot be called with these columns, before anything is sampled for it.
+
+    >>> check_signatures(load_rewards(["numeric_reward_func"]), ["answer"])
+    """
+    for reward in rewards:
+        arguments: dict[str, Any] = dict.fromkeys(["prompts", "completions", *columns])
+        try:
+            inspect.signature(reward.function).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"reward function {reward.name}: {error}. It is called with keywords: prompts, completions and one for "
+                f"each column of the data, here {', '.join(columns) or 'none'}; write `**columns` for those it does "
+                "not use"
+            ) from None
+
+
 def _values(
     reward: Reward, prompts: Sequence[Completion], completions: Sequence[Completion], columns: dict[str, list[Any]]
 ) -> list[float | None]:
-    try:
-        # Checked before the call and not around it, so that a TypeError inside the function keeps its traceback.
-        inspect.signature(reward.function).bind(prompts=prompts, completions=completions, **columns)
-    except TypeError as error:
-        raise ValueError(
-            f"reward function {reward.name}: {error}. It is called with keywords: prompts, completions and one for "
-            f"each column of the data, here {', '.join(columns) or 'none'}; write `**columns` for those it does not use"
-        ) from None
     returned: Any = reward.function(prompts=prompts, completions=completions, **columns)
     try:
         values = list(returned)

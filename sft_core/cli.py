@@ -58,7 +58,9 @@ def parse_config(
         parser.add_argument(
             "--preset",
             choices=names,
-            help=f"named settings; default: {default_preset}, unless --model, --task or --config is given",
+            help="named settings"
+            if default_preset is None
+            else f"named settings; default: {default_preset}, unless --model, --task or --config is given",
         )
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
     given, _ = parser.parse_known_args(list(argv))

@@ -26,7 +26,9 @@ class TaskConfig:
 
     task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in, endless), or the path of a JSONL file")
     eval_file: str | None = flag(
-        None, "JSONL of held-out problems for a JSONL task; default: rows split off the task's end"
+        None,
+        "JSONL of held-out problems for a JSONL task; without one training holds out the task's last rows, and eval "
+        "asks the task's own first ones",
     )
     difficulty: int = flag(3, "arithmetic: the most operations in a problem (the fewest is one less)")
     max_samples: int = flag(0, "use only the first so many training problems; 0: all")
@@ -114,7 +116,7 @@ class OptimConfig:
     adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient (default: PyTorch's)")
     weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm (1: TRL); 0: never")
-    max_steps: int = flag(0, "optimizer batches to train on; 0: as many as --epochs gives")
+    max_steps: int = flag(0, "steps to train for; 0: as many as --epochs gives")
     epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
     micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")
     seed: int = flag(42, "of weights, data order, sampling")
@@ -137,7 +139,7 @@ class RunConfig:
 
     output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
     log_every: int = flag(1, "steps between log lines")
-    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only before and after")
+    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only at the end (GRPO: and before)")
     save_every: int = flag(0, "steps between checkpoints (Hugging Face format); 0: only the final model")
     tensorboard: bool = flag(True, "write TensorBoard events")
     progress: bool = flag(True, "draw progress bars")

@@ -45,10 +45,9 @@ def token_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0, entropy
 
 
 def _entropy(logits_NTV: Tensor) -> Tensor:
-    """H = -sum p log p of each distribution, a few rows at a time: another copy of all logits might not fit."""
-    N, T, V = logits_NTV.shape
+    """H = -sum p log p of each distribution, some tokens at a time: another copy of all logits might not fit."""
     parts = []
-    for logits in logits_NTV.split(max(1, ENTROPY_CHUNK // (T * V))):
+    for logits in logits_NTV.flatten(0, 1).split(max(1, ENTROPY_CHUNK // logits_NTV.shape[-1])):
         logp = logits.log_softmax(dim=-1)
-        parts.append(-torch.einsum("ntv,ntv->nt", logp.exp(), logp))
-    return torch.cat(parts)
+        parts.append(-torch.einsum("nv,nv->n", logp.exp(), logp))
+    return torch.cat(parts).view(logits_NTV.shape[:2])

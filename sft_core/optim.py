@@ -10,6 +10,8 @@ from transformers import get_scheduler
 from sft_core.config import OptimConfig
 from sft_core.policy import Policy
 
+SKIPPED_IN_A_ROW = 5  # then the run stops: the weights, not the batch, are at fault
+
 
 class Optimizer:
     """What `loss.backward()` leaves in `.grad`, turned into a step. `lr` is the rate that the next step will use."""
@@ -29,6 +31,8 @@ class Optimizer:
         warmup_steps = round(config.warmup_ratio * total_steps)
         name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self.schedule = get_scheduler(name, self.adamw, warmup_steps, total_steps)
+        self.initial_scale = self.scaler.get_scale()
+        self.skipped = self.skipped_in_a_row = 0
 
     @property
     def lr(self) -> float:
@@ -42,9 +46,12 @@ class Optimizer:
         """Clip, step, advance the schedule, clear the gradients. A gradient that is not finite moves neither weights
         nor schedule.
 
+        An overflow under fp16 is not the batch's fault: the scaler halves its factor and the same batch is to be
+        learned again, down to factor 1. What is still not finite then, or ever under bf16 and float32, is skipped and
+        counted, and the loop goes on with the next batch: the same one would end the same way.
+
         Returns:
-            The gradient's norm before clipping, and whether the same batch should be learned again: under fp16 the
-            scaler's factor was too large, and has been halved. A gradient that is infinite at factor 1 is a real one.
+            The gradient's norm before clipping, and whether the same batch is to be learned again.
         """
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
@@ -55,4 +62,18 @@ class Optimizer:
             self.schedule.step()
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
-        return grad_norm, not finite and 1 < self.scaler.get_scale() < scale
+        again = not finite and 1 <= self.scaler.get_scale() < scale
+        if finite:
+            self.skipped_in_a_row = 0
+        elif not again:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self.scaler.update(self.initial_scale)  # the next batch should not pay for this one
+        return grad_norm, again
+
+    def stop_if_lost(self) -> None:
+        """Raises:
+        FloatingPointError: SKIPPED_IN_A_ROW steps in a row were skipped.
+        """
+        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +65,11 @@ def _best(device: torch.device) -> str:
         # Compute capability, not torch.cuda.is_bf16_supported(): that says yes on a T4 (7.5), which only emulates bf16
         # and is several times slower in it than in fp16.
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if device.type == "cpu" and cpu_capabilities().get("avx512_bf16", False):
         return "bf16"
     return "float32"
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What PyTorch knows of this CPU; nothing in releases that do not say."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import transformers
 
 from sft_core.config import RunConfig, as_yaml
 from sft_core.policy import Policy
+from sft_core.precision import cpu_capabilities
 
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
@@ -111,11 +113,11 @@ def provenance(seed: int | None) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    cpu = cpu_capabilities().get("cpu_name", platform.machine())
     hardware = [f"{cpu}, {torch.get_num_threads()} threads"]
     hardware += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(sys.orig_argv[1:]),
+        "command": shlex.join(sys.orig_argv[1:]),
         "commit": _commit(),
         "versions": versions,
         "hardware": hardware,

@@ -48,6 +48,8 @@ def find_source(config: ModelConfig) -> Source:
         description = Path(adapter) / "adapter_config.json"
         if not description.is_file():
             raise ValueError(f"--adapter_path {adapter}: holds no adapter_config.json, so it is not a LoRA adapter")
+        if config.lora:
+            raise ValueError(f"--lora: expected a model without an adapter; {adapter} is one, and is trained further")
         if find_spec("peft") is None:
             raise ValueError(f"the adapter {adapter} needs the peft package: pip install '.[lora]'")
         if adapter == base:

@@ -134,8 +134,10 @@ class SFTJob:
             if step % config.log_every == 0 or step == steps:
                 tokens = int(rows.completion_len_N.sum())
                 record |= {"learning_rate": lr, "tokens": tokens, "time_per_step_s": clock.total}
+                record["skipped_steps"] = optimizer.skipped
                 folder.log("train", step, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
+            optimizer.stop_if_lost()
             if task.heldout and (step == steps or (config.eval_every and step % config.eval_every == 0)):
                 folder.log("eval", step, {"heldout_loss": heldout_loss(policy, task.heldout, config)})
             if config.save_every and step % config.save_every == 0 and step != steps:

@@ -143,6 +143,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # what: the flags, and wha
 REWARD_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such reward": (["--rewards", "numeric"], ["--rewards 'numeric': no such reward", "numeric_reward_func"]),
     "no such reward module": (["--rewards", "no_module:reward"], ["--rewards 'no_module:reward'", "cannot import"]),
+    "a reward called otherwise": (["--rewards", "math:gcd"], ["reward function gcd", "prompts, completions"]),
     "weights for other rewards": (["--reward_weights", "1", "2"], ["--reward_weights: 2 weights"]),
     "group size 1 with scaling": (["--group_size", "1"], ["--group_size 1: expected 2 or more"]),
     "wrong type in YAML": (["--config", "wrong-type.yaml"], ["wrong-type.yaml: --micro_batch", "'many'"]),
