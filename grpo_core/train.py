@@ -99,13 +99,18 @@ def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
 
 
 def held_out(policy: Policy, task: Task, config: GRPOConfig, folder: RunFolder, step: int) -> Evaluation | None:
-    """Greedy accuracy on the task's held-out problems, logged; None where the task has none."""
+    """Greedy accuracy on the task's held-out problems, logged and shown; None where the task has none."""
     if not task.heldout:
         return None
     result = evaluate(
         policy, task.heldout, config, config.max_completion_tokens, config.eval_batch_size, config.progress
     )
-    folder.log("eval", step, result.summary())
+    summary = result.summary()
+    folder.log("eval", step, summary)
+    tqdm.write(
+        f"step {step:4}: held-out accuracy {summary['accuracy']:6.1%}, worked answers {summary['worked_share']:6.1%}, "
+        f"mean length {summary['mean_length']:.1f} tokens"
+    )
     return result
 
 
