@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sft_core.policy import Policy
-from sft_core.rows import Rows, pad
+from sft_core.rows import Rows, pack_rows, pad
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class Samples:
     texts: list[str]  # decoded for people and rewards; never tokenized again
     truncated_N: Tensor  # bool: the budget ended the completion, not the model
     logp_NT: Tensor  # float32: each token's log-probability as the sampler computed it; 0 on padding, empty when greedy
+
+    def followed_by(self, other: Samples, rows: Sequence[int]) -> Samples:
+        """The numbered rows of both batches, the other's counted after this one's, padded anew."""
+        prompts = self.rows.prompt_ids() + other.rows.prompt_ids()
+        completions = self.rows.completion_ids() + other.rows.completion_ids()
+        logps = [*self.logp_NT, *other.logp_NT]  # each as wide as its own batch, so a longest row's is long enough
+        device, texts = self.rows.ids_NL.device, self.texts + other.texts
+        # Which id fills the padding does not matter: masks come from lengths.
+        joined = pack_rows([prompts[row] for row in rows], [completions[row] for row in rows], pad_id=0).to(device)
+        T = joined.mask_NT.shape[1]
+        logp_NT = pad_sequence([logps[row] for row in rows], batch_first=True)[:, :T]
+        truncated_N = torch.cat([self.truncated_N, other.truncated_N])[list(rows)]
+        return Samples(joined, [texts[row] for row in rows], truncated_N, logp_NT)
 
 
 class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
@@ -93,7 +107,7 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
     ids_NL = ids_NL.clone()  # outside inference mode: a tensor that autograd may save
     completion_len_N, ended_N = completion_lengths(ids_NL[:, P:], policy.eos_ids)
     rows = Rows(ids_NL, prompt_len_N, completion_len_N, P)
-    logp_NT = torch.stack(recorder.logp, dim=1).clone() if recorder.logp else torch.empty(len(prompts), 0)
+    logp_NT = torch.stack(recorder.logp, dim=1) if recorder.logp else torch.empty(len(prompts), 0)
     if recorder.logp:
         logp_NT = torch.where(rows.mask_NT, logp_NT, 0.0)
     return Samples(rows, decode(policy, rows), ~ended_N, logp_NT)
@@ -114,9 +128,7 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
 
 def decode(policy: Policy, rows: Rows) -> list[str]:
     """Each completion's text without special tokens."""
-    lengths = rows.completion_len_N.tolist()
-    ids = [row[:n] for row, n in zip(rows.completion_NT.tolist(), lengths, strict=True)]
-    return list(policy.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return list(policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True))
 
 
 @contextlib.contextmanager

@@ -43,6 +43,26 @@ def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"]
     return torch.where(centered_BG.isnan(), 0.0, centered_BG)
 
 
+def decoupled_advantages(value_KBG: Tensor, weight_K: Tensor) -> Tensor:
+    """Normalise each of K reward functions within its groups, add them up, normalise over the batch (GDPO, arXiv
+    2601.05242; TRL's `normalize_then_sum`): a function of small spread counts as much as one of large.
+
+    NaN, no opinion, counts in no mean and no sum; a completion on which no function had one gets advantage 0.
+
+    Args:
+        value_KBG: each function's values before its weight.
+
+    >>> large, small = [[0.0, 10.0, 0.0, 10.0]], [[0.0, 0.0, 0.1, 0.1]]
+    >>> decoupled_advantages(torch.tensor([large, small]), torch.tensor([1.0, 1.0])).round(decimals=2)
+    tensor([[-1.2200,  0.0000, -0.0000,  1.2200]])
+    """
+    K, B, G = value_KBG.shape
+    score_KBG = group_advantages(value_KBG.reshape(K * B, G)).view(K, B, G) * weight_K[:, None, None]
+    unknown_BG = value_KBG.isnan().all(dim=0)
+    total_BG = torch.where(unknown_BG, torch.nan, score_KBG.sum(dim=0))
+    return group_advantages(total_BG.view(1, B * G)).view(B, G)
+
+
 def zero_spread(reward_BG: Tensor) -> Tensor:
     """True for the groups that teach nothing: all their rewards are equal, or fewer than two are known."""
     known_BG = ~reward_BG.isnan()

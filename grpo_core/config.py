@@ -10,11 +10,100 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval.sampling import Sampling
+from grpo_core.objective import LOSSES, Loss
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
 
 
 @dataclass(frozen=True)
-class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
+class ObjectiveConfig:
+    """What is maximised. The defaults are DAPO's loss without its other parts; TRL's names where it has the option."""
+
+    loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "vespo"] = flag(
+        "dapo", "a published loss: a ratio level, a token loss and an aggregation (LOSSES in grpo_core/objective.py)"
+    )
+    ratio_level: Literal["token", "sequence"] | None = flag(
+        None, "whose probability ratio: each token's, or the completion's geometric mean; default: the --loss's"
+    )
+    token_loss: Literal["clip", "cispo", "sapo", "vespo"] | None = flag(
+        None, "what a token contributes (see grpo_core/objective.py and variants.py); default: the --loss's"
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length", "sequence_sum"] | None = flag(
+        None, "what a token weighs (token_weights in grpo_core/objective.py); default: the --loss's"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "advantages are divided by the group's spread, the batch's, or nothing (Dr. GRPO)"
+    )
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = flag(
+        "sum_then_normalize", "add reward functions up before or after normalising each (after: GDPO)"
+    )
+    epsilon_low: float = flag(0.2, "the ratio is clipped at 1 - this (PPO)")
+    epsilon_high: float = flag(0.2, "the ratio is clipped at 1 + this (PPO; DAPO uses 0.28)")
+    delta: float = flag(0.0, "the ratio's bound where a bad token became likelier (INTELLECT-2: 4); 0: none")
+    sapo_temperature_pos: float = flag(1.0, "SAPO's gate for positive advantages (the paper's)")
+    sapo_temperature_neg: float = flag(1.05, "SAPO's gate for the others (the paper's)")
+    vespo_k_pos: float = flag(2.0, "VESPO's power of the ratio for advantages of 0 and more (TRL)")
+    vespo_lambda_pos: float = flag(3.0, "VESPO's exponential decay there (TRL)")
+    vespo_k_neg: float = flag(3.0, "VESPO's power of the ratio for negative advantages (TRL)")
+    vespo_lambda_neg: float = flag(2.0, "VESPO's exponential decay there (TRL)")
+    beta: float = flag(0.0, "weight of the KL to the frozen reference (DeepSeekMath: 0.04); 0: none is held (TRL)")
+    kl_correction: bool = flag(False, "multiply the KL by the ratio (DeepSeek-V3.2; TRL's use_bias_correction_kl)")
+    ref_sync_every: int = flag(0, "optimizer steps between moves of the reference towards the policy; 0: frozen")
+    ref_sync_mix: float = flag(0.6, "how far it moves: this share of the policy (TR-DPO)")
+    mask_truncated: bool = flag(False, "leave completions that the budget cut off out of the loss (DAPO)")
+    top_entropy: float = flag(1.0, "learn from this share of the tokens, of highest entropy ('80/20': 0.2); 1: all")
+    entropy_coef: float = flag(0.0, "weight of a bonus on the mean token entropy; 0: none")
+    off_policy_threshold: float = flag(
+        0.0, "drop rows of negative advantage that the policy has left by more nats a token (DeepSeek-V3.2); 0: none"
+    )
+
+    @property
+    def objective(self) -> Loss:
+        """The three choices in force: the named loss's, but for those that were set by themselves."""
+        named = LOSSES[self.loss]
+        return Loss(
+            self.ratio_level or named.ratio_level,
+            self.token_loss or named.token_loss,
+            self.aggregation or named.aggregation,
+        )
+
+    @property
+    def entropy(self) -> Literal["value", "gradient"]:
+        """What the learner needs of the entropy: a metric, or a term of the loss."""
+        return "gradient" if self.entropy_coef else "value"
+
+    def check(self) -> None:
+        require(0 <= self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "0 to 1")
+        for name in ("beta", "epsilon_high", "entropy_coef", "off_policy_threshold", "ref_sync_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            self.delta == 0 or self.delta > 1 + self.epsilon_high,
+            "delta",
+            self.delta,
+            f"more than 1 + epsilon_high ({1 + self.epsilon_high:g}), or 0 for none",
+        )
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 < self.top_entropy <= 1, "top_entropy", self.top_entropy, "above 0, up to 1")
+        require(0 < self.ref_sync_mix <= 1, "ref_sync_mix", self.ref_sync_mix, "above 0, up to 1")
+        require(
+            not self.ref_sync_every or self.beta > 0,
+            "ref_sync_every",
+            self.ref_sync_every,
+            "0 where --beta is 0: there is no reference to move",
+        )
+        require(not self.kl_correction or self.beta > 0, "kl_correction", self.kl_correction, "False where --beta is 0")
+        require(
+            self.reward_aggregation == "sum_then_normalize" or self.scale_rewards == "group",
+            "scale_rewards",
+            self.scale_rewards,
+            "group: --reward_aggregation normalize_then_sum divides by the spreads of groups, then of the batch",
+        )
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfig):
     """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them in micro-batches."""
 
     prompts_per_step: int = flag(4, "B: prompts in a step (4 x 8 completions: what a T4 samples at once)")
@@ -28,15 +117,12 @@ class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     min_p: float = flag(0.0, "sample among tokens of at least this share of the likeliest one's probability; 0: all")
     rewards: list[str] = flag(["correctness_reward_func"], "reward functions by name, or my_module:my_reward")
     reward_weights: list[float] = flag([], "a weight for each reward function; none: all 1")
-    scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "advantages are divided by the group's spread, the batch's, or nothing (Dr. GRPO)"
+    overlong_buffer: int = flag(
+        0, "tokens before the budget's end over which soft_overlong_reward_func falls to -1; 0: a fifth (DAPO)"
     )
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = flag(
-        "token_mean", "what a token counts in the loss: DAPO, GRPO or Dr. GRPO (see grpo_core/objective.py)"
+    dynamic_sampling: int = flag(
+        0, "times that groups of equal rewards are replaced by groups of further prompts (DAPO); 0: never"
     )
-    beta: float = flag(0.0, "weight of the KL to the frozen reference (DeepSeekMath: 0.04); 0: none is held (TRL)")
-    epsilon_low: float = flag(0.2, "the ratio is clipped at 1 - this (PPO)")
-    epsilon_high: float = flag(0.2, "the ratio is clipped at 1 + this (PPO; DAPO uses 0.28)")
     mu: int = flag(1, "optimizer steps on each batch of samples (1: DeepSeekMath, TRL)")
     shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
     eval_batch_size: int = flag(64, "held-out problems asked at once")
@@ -47,7 +133,7 @@ class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
         return Sampling(self.max_completion_tokens, self.temperature, self.top_k, self.top_p, self.min_p)
 
     def check(self) -> None:
-        for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
+        for part in (TaskConfig, ModelConfig, OptimConfig, ObjectiveConfig, RunConfig):
             part.check(self)
         for name in ("prompts_per_step", "max_completion_tokens", "mu", "eval_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -62,9 +148,20 @@ class GRPOConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
         )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
-        require(0 <= self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "0 to 1")
-        for name in ("top_k", "beta", "epsilon_high", "show_every"):
+        for name in ("top_k", "dynamic_sampling", "show_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            0 <= self.overlong_buffer <= self.max_completion_tokens,
+            "overlong_buffer",
+            self.overlong_buffer,
+            f"0 to --max_completion_tokens ({self.max_completion_tokens})",
+        )
+        require(
+            not (self.lora or self.adapter_path) or not self.ref_sync_every or self.ref_sync_mix == 1,
+            "ref_sync_mix",
+            self.ref_sync_mix,
+            "1 with LoRA: a mixture of two adapters is not the mixture of their products",
+        )
         require(
             self.task != "arithmetic" or self.max_steps > 0,
             "max_steps",

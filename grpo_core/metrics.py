@@ -6,7 +6,7 @@ counts nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,6 @@ from grpo_core.advantages import nan_std, zero_spread
 from grpo_core.config import GRPOConfig
 from rewards import same_number
 from sft_core.prompts import FORMATS
-from sft_core.tasks import Example
 
 if TYPE_CHECKING:
     from grpo_core.step import StepReport
@@ -25,84 +24,117 @@ if TYPE_CHECKING:
 class Tally:
     """Sums over the micro-batches of a step. Sums stay on the device until the step is over; reading one waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: GRPOConfig) -> None:
+        self.config = config
         self.updates = 0
         self.sums: dict[str, Tensor] = {}
         self.ratio_range: list[Tensor] = []
+        self.clipped_range: list[tuple[int, Tensor, Tensor]] = []
         self.gap: dict[str, float] = {}
 
     @torch.no_grad()
     def add(
         self,
-        config: GRPOConfig,
+        loss: Tensor,
         mask_NT: Tensor,
         weight_NT: Tensor,
-        advantage_N: Tensor,
-        ratio_NT: Tensor,
+        advantage_NT: Tensor,
+        ratio: Tensor,
         surrogate_NT: Tensor,
         kl_NT: Tensor,
         entropy_NT: Tensor,
     ) -> None:
-        """Count one micro-batch."""
-        advantage_N1 = advantage_N[:, None]
+        """Count one micro-batch. `ratio` is (N, T), or (N, 1) for whole completions: then each of those counts once."""
+        counted = mask_NT if ratio.shape == mask_NT.shape else torch.ones_like(ratio, dtype=torch.bool)
+        advantage = advantage_NT if ratio.shape == mask_NT.shape else advantage_NT.sum(dim=1, keepdim=True)
+        low, high = clipped_beyond(self.config)
+        # clipped: the token loss is flat there, so these tokens no longer pull
+        clipped_low, clipped_high = (
+            counted & (ratio < low) & (advantage < 0),
+            counted & (ratio > high) & (advantage > 0),
+        )
         sums = {
+            "loss": loss,
             "tokens": mask_NT.sum(),
+            "ratios": counted.sum(),
             "policy_loss": (weight_NT * surrogate_NT).sum(),
             "kl_loss": (weight_NT * kl_NT).sum(),
-            "kl": kl_NT.sum(),
+            "kl": (mask_NT * kl_NT).sum(),
             "entropy": entropy_NT.sum(),
-            # clipped: the surrogate is flat there, so these tokens no longer pull
-            "clipped_low": (mask_NT & (ratio_NT < 1 - config.epsilon_low) & (advantage_N1 < 0)).sum(),
-            "clipped_high": (mask_NT & (ratio_NT > 1 + config.epsilon_high) & (advantage_N1 > 0)).sum(),
+            "clipped_low": clipped_low.sum(),
+            "clipped_high": clipped_high.sum(),
         }
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.float()
-        self.ratio_range.append(torch.stack(ratio_NT[mask_NT].aminmax()))
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().to(
+                torch.promote_types(value.dtype, torch.float32)
+            )
+        inf = torch.tensor(torch.inf, dtype=ratio.dtype, device=ratio.device)
+        self.ratio_range.append(
+            torch.stack([torch.where(counted, ratio, inf).min(), torch.where(counted, ratio, -inf).max()])
+        )
+        share_low, share_high = (clipped.sum(dim=1) / counted.sum(dim=1) for clipped in (clipped_low, clipped_high))
+        self.clipped_range.append(
+            (self.updates, share_low.nan_to_num(torch.inf).min(), share_high.nan_to_num(-torch.inf).max())
+        )
 
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp: dict[int, Tensor], mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
         A larger gap means that the learner learns from samples of another distribution than its own."""
-        gap = torch.cat(
-            [
-                (sampler_logp_NT[at : at + len(logp_NT), : logp_NT.shape[1]] - logp_NT).abs().flatten()
-                for at, logp_NT in old_logp.items()
-            ]
-        )
-        self.gap = {"sampler_gap_mean": float(gap.sum() / mask_NT.sum()), "sampler_gap_max": float(gap.max())}
+        old_logp_NT = torch.zeros_like(mask_NT, dtype=sampler_logp_NT.dtype)
+        for start, logp_NT in old_logp.items():
+            old_logp_NT[start : start + len(logp_NT), : logp_NT.shape[1]] = logp_NT
+        gap_NT = torch.where(mask_NT, (sampler_logp_NT - old_logp_NT).abs(), 0.0)
+        mean = gap_NT.sum() / mask_NT.sum().clamp(min=1)
+        self.gap = {"sampler_gap_mean": float(mean), "sampler_gap_max": float(gap_NT.max())}
 
-    def means(self, beta: float) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Losses per update, token means, the ratio's range."""
         sums = {name: float(value) for name, value in self.sums.items()}
         ratios = torch.stack(self.ratio_range)
-        policy_loss, kl_loss = sums["policy_loss"] / self.updates, sums["kl_loss"] / self.updates
+        tokens, counted = max(1.0, sums["tokens"]), max(1.0, sums["ratios"])
+        entropy = sums["entropy"] / tokens
+        least = [min(float(low) for at, low, _ in self.clipped_range if at == update) for update in range(self.updates)]
+        most = [
+            max(float(high) for at, _, high in self.clipped_range if at == update) for update in range(self.updates)
+        ]
         return {
-            "grpo_loss": policy_loss + beta * kl_loss,
-            "policy_loss": policy_loss,
-            "kl_loss": kl_loss,
-            "kl": sums["kl"] / sums["tokens"],
-            "entropy": sums["entropy"] / sums["tokens"],
-            "clip_ratio_low": sums["clipped_low"] / sums["tokens"],
-            "clip_ratio_high": sums["clipped_high"] / sums["tokens"],
+            "grpo_loss": sums["loss"] / self.updates,  # all that is differentiated
+            "policy_loss": sums["policy_loss"] / self.updates,
+            "kl_loss": sums["kl_loss"] / self.updates,  # before beta
+            "kl": sums["kl"] / tokens,
+            "entropy": entropy,
+            "clip_ratio_low": sums["clipped_low"] / counted,
+            "clip_ratio_high": sums["clipped_high"] / counted,
+            "clip_ratio_low_min": sum(least) / self.updates,  # of the completion least clipped, mean over the updates
+            "clip_ratio_high_max": sum(most) / self.updates,  # of the completion most clipped
             "ratio_min": float(ratios[:, 0].min()),
             "ratio_max": float(ratios[:, 1].max()),
             **self.gap,
         }
 
 
-def step_record(report: StepReport, examples: Sequence[Example], config: GRPOConfig) -> dict[str, Any]:
+def clipped_beyond(config: GRPOConfig) -> tuple[float, float]:
+    """The ratios beyond which a token of negative, of positive advantage has no gradient of its own (CISPO: a bounded
+    one)."""
+    low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
+    bounds = {"clip": (low, high), "cispo": (-torch.inf, high)}
+    return bounds.get(config.objective.token_loss, (-torch.inf, torch.inf))
+
+
+def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
     """The log line of a step. Times in seconds: `backward_time_s` is the learner's (forward, backward and optimizer);
     `other_time_s` is all but generation and learner, so rewards and reference are within it."""
-    rows, samples, seconds = report.samples.rows, report.samples, report.clock.seconds
-    lengths_N = rows.completion_len_N.float()
-    reward_BG, advantage_BG = report.reward_BG, report.advantage_BG
+    samples, seconds = report.rollout.samples, report.clock.seconds
+    lengths_N = samples.rows.completion_len_N.float()
+    ended_N = lengths_N[~samples.truncated_N]
+    reward_BG, advantage_BG = report.rollout.reward_BG, report.advantage_BG
     known = reward_BG[~reward_BG.isnan()]
     flat_B = zero_spread(reward_BG)
-    correct = [
-        bool(a) and same_number(a, e) for a, e in zip(*extracted_and_expected(report, examples, config), strict=True)
-    ]
+    answers = zip(*extracted_and_expected(report, config), strict=True)
+    correct = [bool(extracted) and same_number(extracted, expected) for extracted, expected in answers]
     record: dict[str, Any] = {
-        **report.tally.means(config.beta),
+        **report.tally.means(),
         "reward_mean": float(known.mean()),
         "reward_std": float(nan_std(reward_BG.flatten()[None])),
         "accuracy": sum(correct) / len(correct),
@@ -111,10 +143,16 @@ def step_record(report: StepReport, examples: Sequence[Example], config: GRPOCon
         "adv_abs_mean": float(advantage_BG.abs().mean()),
         "zero_variance_share": float(flat_B.float().mean()),  # groups that teach nothing
         "zero_variance_tokens": int((lengths_N.view(reward_BG.shape).cpu() * flat_B[:, None]).sum()),
+        "replaced_groups": report.rollout.replaced,  # by dynamic sampling
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "length_mean": float(lengths_N.mean()),
+        "length_min": int(lengths_N.min()),
         "length_max": int(lengths_N.max()),
+        # of the completions that ended themselves; 0 where none did
+        "ended_length_mean": float(ended_N.mean()) if len(ended_N) else 0.0,
+        "ended_length_min": int(ended_N.min()) if len(ended_N) else 0,
+        "ended_length_max": int(ended_N.max()) if len(ended_N) else 0,
         "truncated_share": float(samples.truncated_N.float().mean()),
         "tokens_generated": int(lengths_N.sum()),
         "time_per_step_s": report.clock.total,
@@ -124,16 +162,15 @@ def step_record(report: StepReport, examples: Sequence[Example], config: GRPOCon
         "backward_time_s": seconds["backward"],
         "other_time_s": report.clock.total - seconds["generation"] - seconds["backward"],
     }
-    for name, values in report.scores.by_function.items():
+    for name, values in report.rollout.scores.by_function.items():
         given = [value for value in values if value is not None]
         record[f"rewards/{name}"] = sum(given) / len(given) if given else None
+        record[f"rewards_std/{name}"] = statistics.stdev(given) if len(given) > 1 else None
     return record
 
 
-def extracted_and_expected(
-    report: StepReport, examples: Sequence[Example], config: GRPOConfig
-) -> tuple[list[str], list[str]]:
+def extracted_and_expected(report: StepReport, config: GRPOConfig) -> tuple[list[str], list[str]]:
     """For each row: the answer found by the prompt format's rule ('': none), and the gold one."""
     extract = FORMATS[config.prompt_format].extract
-    expected = [example.answer for example in examples for _ in range(config.group_size)]
-    return [extract(text) or "" for text in report.samples.texts], expected
+    expected = [example.answer for example in report.rollout.examples for _ in range(config.group_size)]
+    return [extract(text) or "" for text in report.rollout.samples.texts], expected

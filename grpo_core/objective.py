@@ -6,16 +6,45 @@ What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3
 
 The weights hold every normalisation and are computed once for the whole step, so the micro-batches it is cut into add
 up to the same gradient however they are cut.
+
+The published losses differ in three independent choices, and `LOSSES` names their combinations: whose ratio (the
+token's or the sequence's), what a token contributes (`clipped_surrogate`, or one of `grpo_core.variants`), and what it
+weighs.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
+RatioLevel = Literal["token", "sequence"]
+TokenLoss = Literal["clip", "cispo", "sapo", "vespo"]
+Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum"]
+
+
+class Loss(NamedTuple):
+    """One choice of each kind."""
+
+    ratio_level: RatioLevel
+    token_loss: TokenLoss
+    aggregation: Aggregation
+
+
+# The names are TRL's (`loss_type`; grpo_trainer.py 1.16.0, lines 3083-3184), where GSPO is a setting instead of a name.
+# A paper's further settings (epsilons, unscaled advantages) are flags of their own.
+LOSSES: dict[str, Loss] = {
+    "grpo": Loss("token", "clip", "sequence_mean"),  # DeepSeekMath, arXiv 2402.03300, eq. 3
+    "bnpo": Loss("token", "clip", "token_mean"),  # TRL's name; equal to dapo here, where the batch is the whole step
+    "dapo": Loss("token", "clip", "token_mean"),  # DAPO, arXiv 2503.14476, eq. 8
+    "dr_grpo": Loss("token", "clip", "constant_length"),  # Dr. GRPO, arXiv 2503.20783, section 3.2 (scale_rewards none)
+    "gspo": Loss("sequence", "clip", "sequence_mean"),  # GSPO, arXiv 2507.18071, eq. 5 (epsilons 3e-4 and 4e-4)
+    "luspo": Loss("sequence", "clip", "sequence_sum"),  # LUSPO, arXiv 2602.05261: GSPO times each sequence's length
+    "cispo": Loss("token", "cispo", "token_mean"),  # MiniMax-M1, arXiv 2506.13585, eq. 4
+    "sapo": Loss("token", "sapo", "sequence_mean"),  # SAPO, arXiv 2511.20347, eq. 5
+    "vespo": Loss("token", "vespo", "token_mean"),  # VESPO, arXiv 2602.10693
+}
 
 
 def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_tokens: int) -> Tensor:
@@ -25,6 +54,7 @@ def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_toke
                                                      long ones count less
     token_mean        1 / (tokens in the step)       DAPO, arXiv 2503.14476: every token counts alike
     constant_length   1 / (N * completion budget)    Dr. GRPO, arXiv 2503.20783: alike, and independent of lengths
+    sequence_sum      1 / N                          LUSPO, arXiv 2602.05261: the same without the constant
 
     >>> mask_NT = torch.tensor([[True, True, True, True], [True, False, False, False]])
     >>> token_weights(mask_NT, "sequence_mean", 8)
@@ -39,31 +69,46 @@ def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_toke
         return mask_NT / (N * mask_NT.sum(dim=1, keepdim=True).clamp(min=1))
     if aggregation == "token_mean":
         return mask_NT / mask_NT.sum().clamp(min=1)
-    return mask_NT / (N * max_completion_tokens)
+    if aggregation == "constant_length":
+        return mask_NT / (N * max_completion_tokens)
+    return mask_NT / N
 
 
-def importance_ratio(logp_NT: Tensor, old_logp_NT: Tensor) -> Tensor:
-    """pi_theta / pi_old of each token: how much likelier it is now than when it was sampled.
+def importance_ratio(logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor, level: RatioLevel = "token") -> Tensor:
+    """pi_theta / pi_old: how much likelier a token, or a completion, is now than when it was sampled.
 
-    Both are 0 on padding (`sft_core.logprobs`), so the ratio is 1 there and nothing overflows.
+    token      (N, T): each token's own ratio. Both log-probabilities are 0 on padding (`sft_core.logprobs`), so the
+               ratio is 1 there and nothing overflows.
+    sequence   (N, 1): the geometric mean over the completion's tokens, one ratio for all of them (GSPO, arXiv
+               2507.18071, eq. 7). 1 where there is no token.
     """
-    return (logp_NT - old_logp_NT).exp()
+    log_ratio_NT = logp_NT - old_logp_NT
+    if level == "sequence":
+        log_ratio_NT = log_ratio_NT.sum(dim=1, keepdim=True) / mask_NT.sum(dim=1, keepdim=True).clamp(min=1)
+    return log_ratio_NT.exp()
 
 
-def clipped_surrogate(ratio_NT: Tensor, advantage_N: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
+def clipped_surrogate(
+    ratio: Tensor, advantage_NT: Tensor, epsilon_low: float, epsilon_high: float, delta: float = float("inf")
+) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A) of each token (PPO, arXiv 1707.06347, eq. 7).
 
     The gain from making a good token likelier ends at 1 + epsilon_high, that from making a bad one rarer at
-    1 - epsilon_low; a move in the wrong direction is never clipped. Separate bounds: DAPO, arXiv 2503.14476, eq. 10.
+    1 - epsilon_low; a move in the wrong direction is never clipped, unless `delta` bounds the ratio there too
+    (INTELLECT-2, arXiv 2505.07291). Separate bounds: DAPO, arXiv 2503.14476, eq. 10.
 
-    >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([1.0]), 0.2, 0.2)
+    Args:
+        ratio: (N, T), or (N, 1) for a whole completion's.
+
+    >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([[1.0]]), 0.2, 0.2)
     tensor([[-0.5000, -1.0000, -1.2000]])
-    >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([-1.0]), 0.2, 0.2)
+    >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([[-1.0]]), 0.2, 0.2)
     tensor([[0.8000, 1.0000, 2.0000]])
+    >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([[-1.0]]), 0.2, 0.2, delta=1.5)
+    tensor([[0.8000, 1.0000, 1.5000]])
     """
-    clipped_NT = ratio_NT.clamp(1 - epsilon_low, 1 + epsilon_high)
-    advantage_N1 = advantage_N[:, None]
-    return -torch.minimum(ratio_NT * advantage_N1, clipped_NT * advantage_N1)
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return -torch.minimum(ratio.clamp(max=delta) * advantage_NT, clipped * advantage_NT)
 
 
 def k3_kl(logp_NT: Tensor, ref_logp_NT: Tensor) -> Tensor:

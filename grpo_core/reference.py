@@ -1,4 +1,4 @@
-"""pi_ref: a frozen copy of the policy as it was when GRPO began, so that KL starts at 0 from any start."""
+"""pi_ref: a copy of the policy as it was when GRPO began, so that KL starts at 0 from any start; frozen by default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Reference:
     The base model without any adapter is not the reference of a policy that starts from an SFT adapter.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, sync_every: int = 0, sync_mix: float = 1.0) -> None:
+        self.learned, self.sync_every, self.sync_mix, self.updates = policy.model, sync_every, sync_mix, 0
         if is_adapted(policy.model):
             from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -39,13 +40,31 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
         """log pi_ref of each completion token, (N, T), 0 on padding."""
-        dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # that of `token_logprobs`
-        logp_NT = torch.zeros_like(rows.completion_NT, dtype=dtype)
+        logp_NT = torch.zeros_like(rows.completion_NT, dtype=self.policy.logp_dtype)
         with self._active():
             for at, micro in rows.micro_batches(micro_batch):
-                part_NT, _ = token_logprobs(self.policy, micro, temperature, entropy=False)
+                part_NT, _ = token_logprobs(self.policy, micro, temperature, entropy="none")
                 logp_NT[at, : part_NT.shape[1]] = part_NT
         return logp_NT
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """To be called after each optimizer step. Every `sync_every` of them, and never where that is 0, the weights
+        become (1 - mix) * pi_ref + mix * pi_theta (TR-DPO, arXiv 2404.09656). With LoRA mix is 1: a copy."""
+        self.updates += 1
+        if not self.sync_every or self.updates % self.sync_every:
+            return
+        for ours, theirs in self._pairs():
+            ours.lerp_(theirs, self.sync_mix)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight of the reference with the policy's."""
+        if is_adapted(self.learned):
+            weights = dict(self.learned.named_parameters())
+            named = [(name, name.replace(f".{ADAPTER}.", ".default.")) for name in weights if f".{ADAPTER}." in name]
+            yield from ((weights[mine], weights[its]) for mine, its in named)
+        else:
+            yield from zip(self.policy.model.parameters(), self.learned.parameters(), strict=True)
 
     @contextmanager
     def _active(self) -> Iterator[None]:

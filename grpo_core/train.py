@@ -17,7 +17,8 @@ from eval.evaluate import Evaluation, evaluate, summary_table
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import extracted_and_expected, step_record
 from grpo_core.reference import Reference
-from grpo_core.step import REWARD_COLUMNS, Learner, StepReport, grpo_step
+from grpo_core.rollout import REWARD_COLUMNS
+from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, check_signatures, load_rewards
 from sft_core.cli import interruptible, parse_config, user_errors
@@ -47,7 +48,7 @@ class GRPOJob:
         folder = RunFolder(config, "grpo")
         set_seed(config.seed)
         policy = load_policy(config, source)
-        reference = Reference(policy) if config.beta else None
+        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
         without_dropout(policy.model)
         steps = config.max_steps or math.ceil(config.epochs * (task.size or 0) / config.prompts_per_step)
         optimizer = Optimizer(policy, config, steps * config.mu)
@@ -67,27 +68,40 @@ class GRPOJob:
         return folder.path
 
 
+class PromptSource:
+    """The task's training problems one after the other, in the order of a seed."""
+
+    def __init__(self, task: Task, seed: int, position: int = 0) -> None:
+        self.task, self.seed, self.position = task, seed, position
+
+    def __call__(self, count: int) -> list[Example]:
+        drawn = self.task.draw(self.position, count, self.seed)
+        self.position += count
+        return drawn
+
+
 def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
     """`steps` steps of Algorithm 1 with what people want to see of them."""
     config, policy = learner.config, learner.policy
     policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
+    source = PromptSource(task, config.seed)
     bar = tqdm(range(1, steps + 1), desc="GRPO", disable=not config.progress, unit="step")
     for step in bar:
-        examples = task.draw((step - 1) * config.prompts_per_step, config.prompts_per_step, config.seed)
-        report = grpo_step(learner, examples)
+        examples = source(config.prompts_per_step)
+        report = grpo_step(learner, examples, more=source if config.dynamic_sampling else None)
 
-        record = step_record(report, examples, config)
+        record = step_record(report, config)
         bar.set_postfix(
             reward=f"{record['reward_mean']:.2f}",
             accuracy=f"{record['accuracy']:.0%}",
             length=f"{record['length_mean']:.0f}",
         )
         if step % config.log_every == 0 or step == steps:
-            epoch = step * config.prompts_per_step / task.size if task.size else 0.0
+            epoch = source.position / task.size if task.size else 0.0
             about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
             about["skipped_steps"] = learner.optimizer.skipped
             folder.log("train", step, {**about, **record})
-        completions = completion_records(step, report, examples, config)
+        completions = completion_records(step, report, config)
         append_jsonl(folder.path / "completions.jsonl", completions)
         if config.show_every and step % config.show_every == 0:
             bar.write(shown(completions[0]))
@@ -114,23 +128,22 @@ def held_out(policy: Policy, task: Task, config: GRPOConfig, folder: RunFolder, 
     return result
 
 
-def completion_records(
-    step: int, report: StepReport, examples: Sequence[Example], config: GRPOConfig
-) -> list[dict[str, Any]]:
+def completion_records(step: int, report: StepReport, config: GRPOConfig) -> list[dict[str, Any]]:
     """A record for each sampled completion."""
-    extracted, expected = extracted_and_expected(report, examples, config)
-    reward_N, advantage_N = report.reward_BG.flatten().tolist(), report.advantage_BG.flatten().tolist()
-    lengths_N, truncated_N = report.samples.rows.completion_len_N.tolist(), report.samples.truncated_N.tolist()
+    extracted, expected = extracted_and_expected(report, config)
+    rollout, samples = report.rollout, report.rollout.samples
+    reward_N, advantage_N = rollout.reward_BG.flatten().tolist(), report.advantage_BG.flatten().tolist()
+    lengths_N, truncated_N = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
     return [
         {
             "step": step,
             "group": row // config.group_size,
-            "question": examples[row // config.group_size].question,
+            "question": rollout.examples[row // config.group_size].question,
             "expected": expected[row],
-            "response": report.samples.texts[row],
+            "response": samples.texts[row],
             "extracted": extracted[row],
             "reward": reward_N[row],
-            "rewards": {name: values[row] for name, values in report.scores.by_function.items()},
+            "rewards": {name: values[row] for name, values in rollout.scores.by_function.items()},
             "advantage": advantage_N[row],
             "tokens": lengths_N[row],
             "truncated": truncated_N[row],

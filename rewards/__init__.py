@@ -17,6 +17,7 @@ from rewards.functions import (
     int_reward_func,
     numeric_reward_func,
     soft_format_reward_func,
+    soft_overlong_reward_func,
     strict_format_reward_func,
     xmlcount_reward_func,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "same_number",
     "score",
     "soft_format_reward_func",
+    "soft_overlong_reward_func",
     "strict_format_reward_func",
     "xmlcount_reward_func",
 ]

@@ -16,6 +16,7 @@ from rewards.functions import (
     int_reward_func,
     numeric_reward_func,
     soft_format_reward_func,
+    soft_overlong_reward_func,
     strict_format_reward_func,
     xmlcount_reward_func,
 )
@@ -29,6 +30,7 @@ REWARDS: dict[str, RewardFunction] = {
     "soft_format_reward_func": soft_format_reward_func,
     "xmlcount_reward_func": xmlcount_reward_func,
     "numeric_reward_func": numeric_reward_func,
+    "soft_overlong_reward_func": soft_overlong_reward_func,
 }
 
 
@@ -48,6 +50,16 @@ class Scores:
     total: list[float]  # N: sum of weight x value over the functions that gave one; nan where none did
     by_function: dict[str, list[float | None]]  # name -> N values before their weight; None: no opinion on this row
 
+    def followed_by(self, other: Scores) -> Scores:
+        """Both batches as one."""
+        together = {name: values + other.by_function[name] for name, values in self.by_function.items()}
+        return Scores(self.total + other.total, together)
+
+    def reordered(self, rows: Sequence[int]) -> Scores:
+        """The numbered rows, in this order."""
+        by_function = {name: [values[row] for row in rows] for name, values in self.by_function.items()}
+        return Scores([self.total[row] for row in rows], by_function)
+
 
 def load_reward(name: str) -> RewardFunction:
     """The reward function of this name: one of `REWARDS`, or `my_module:my_reward`, imported.
@@ -60,7 +72,7 @@ def load_reward(name: str) -> RewardFunction:
     Traceback (most recent call last):
     ValueError: --rewards 'numeric': no such reward function; the nearest known name is numeric_reward_func. Accepted: \
 correctness_reward_func, int_reward_func, strict_format_reward_func, soft_format_reward_func, xmlcount_reward_func, \
-numeric_reward_func, or my_module:my_reward for a function of your own
+numeric_reward_func, soft_overlong_reward_func, or my_module:my_reward for a function of your own
     """
     if name in REWARDS:
         return REWARDS[name]

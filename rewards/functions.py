@@ -143,6 +143,28 @@ def numeric_reward_func(
     return rewards
 
 
+def soft_overlong_reward_func(
+    prompts: Sequence[Completion],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    max_completion_tokens: Sequence[int],
+    overlong_buffer: Sequence[int],
+    **columns: object,
+) -> list[float]:
+    """0 up to `overlong_buffer` tokens before the budget's end, then falling evenly to -1 at the budget (DAPO, arXiv
+    2503.14476, eq. 13). To be added to rewards for being right: cut-off answers are discouraged before they are cut.
+
+    >>> ids = [[7] * 80, [7] * 90, [7] * 100]
+    >>> soft_overlong_reward_func(["?"] * 3, ["..."] * 3, ids, [100] * 3, [20] * 3)
+    [0.0, -0.5, -1.0]
+    """
+    rewards = []
+    for ids, budget, buffer in zip(completion_ids, max_completion_tokens, overlong_buffer, strict=True):
+        over = len(ids) - (budget - buffer)
+        rewards.append(-min(1.0, over / buffer) if over > 0 else 0.0)
+    return rewards
+
+
 def _occurs_once(text: str, piece: str) -> bool:
     # Not `count`, which skips overlaps: in '\n<answer>\n<answer>\n' it finds '\n<answer>\n' only once.
     first = text.find(piece)

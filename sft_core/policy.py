@@ -36,6 +36,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.precision.device
 
+    @property
+    def logp_dtype(self) -> torch.dtype:
+        """That of log-probabilities and everything computed from them: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.model.dtype, torch.float32)
+
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 

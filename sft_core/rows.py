@@ -19,7 +19,7 @@ very token that ends a sequence, and a mask made from ids would then hide the to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,16 +60,35 @@ class Rows:
         end_N = self.prompt_width + self.completion_len_N
         return ((position_L >= start_N[:, None]) & (position_L < end_N[:, None])).long()
 
+    def prompt_ids(self) -> list[list[int]]:
+        """Each row's prompt without padding."""
+        ids_NP = self.ids_NL[:, : self.prompt_width].tolist()
+        return [ids[len(ids) - length :] for ids, length in zip(ids_NP, self.prompt_len_N.tolist(), strict=True)]
+
+    def completion_ids(self) -> list[list[int]]:
+        """Each row's completion without padding.
+
+        >>> rows = pack_rows([[5, 6], [7]], [[8, 2], [2]], pad_id=2)
+        >>> rows.prompt_ids(), rows.completion_ids()
+        ([[5, 6], [7]], [[8, 2], [2]])
+        """
+        lengths = self.completion_len_N.tolist()
+        return [ids[:length] for ids, length in zip(self.completion_NT.tolist(), lengths, strict=True)]
+
     def to(self, device: torch.device) -> Rows:
         return Rows(
             self.ids_NL.to(device), self.prompt_len_N.to(device), self.completion_len_N.to(device), self.prompt_width
         )
 
+    def without_completions(self, left_out_N: Tensor) -> Rows:
+        """The same rows, some of them with a completion of length 0: their tokens become padding."""
+        return replace(self, completion_len_N=torch.where(left_out_N, 0, self.completion_len_N))
+
     def cut(self, start: int, stop: int) -> Rows:
         """Rows start..stop, cut to their own longest prompt and completion: a micro-batch pays for no other's
         padding."""
         prompt_len_N, completion_len_N = self.prompt_len_N[start:stop], self.completion_len_N[start:stop]
-        width, T = int(prompt_len_N.max()), int(completion_len_N.max())
+        width, T = int(prompt_len_N.max()), max(1, int(completion_len_N.max()))
         ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
         return Rows(ids_NL, prompt_len_N, completion_len_N, width)
 

@@ -83,7 +83,7 @@ def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows, micro_batch: int)
     while again:  # once; under fp16 until nothing overflows
         loss = torch.zeros((), device=policy.device)
         for _, micro in rows.micro_batches(micro_batch):
-            logp_NT, _ = token_logprobs(policy, micro, entropy=False)
+            logp_NT, _ = token_logprobs(policy, micro, entropy="none")
             micro_loss = -(weight * logp_NT).sum()
             optimizer.backward(micro_loss)
             loss += micro_loss.detach()
@@ -97,7 +97,7 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig)
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
     total = sum(
-        float(token_logprobs(policy, micro, entropy=False)[0].sum())
+        float(token_logprobs(policy, micro, entropy="none")[0].sum())
         for _, micro in rows.micro_batches(config.micro_batch)
     )
     policy.model.train()

@@ -146,7 +146,7 @@ def length_reward(prompts: Sequence[Any], completions: Sequence[str], **columns:
 
 def learner(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, steps: int = 10) -> Learner:
     """All that `grpo_step` needs, with the real optimizer, put together in the order in which a run does it."""
-    reference = Reference(policy) if config.beta else None
+    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
     policy.model.train()
     return Learner(config, policy, reference, [Reward("reward", reward)], Optimizer(policy, config, steps))
 
@@ -177,7 +177,7 @@ class GradientCatcher:
 
 def caught(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, lr: float = 0.0) -> Learner:
     """As `learner`, with a `GradientCatcher` for its optimizer."""
-    reference = Reference(policy) if config.beta else None
+    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
     policy.model.train()
     return Learner(config, policy, reference, [Reward("reward", reward)], GradientCatcher(policy, lr))  # type: ignore
 

@@ -158,7 +158,7 @@ def test_entropy_is_the_same_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPat
 def test_leaving_the_entropy_out_changes_no_logprob() -> None:
     policy = tiny_policy()
     rows = random_rows(policy)
-    logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7, entropy=False)
+    logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7, entropy="none")
     assert torch.equal(logp_NT, token_logprobs(policy, rows, 0.7)[0])
     assert entropy_NT.shape == logp_NT.shape and not entropy_NT.any() and not entropy_NT.requires_grad
 

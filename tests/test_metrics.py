@@ -17,19 +17,19 @@ def tally(padding: float) -> dict[str, float]:
     def padded(*values: list[float]) -> torch.Tensor:
         return torch.where(MASK, torch.tensor(values), padding)
 
-    counted = Tally()
+    counted = Tally(grpo_config(epsilon_low=0.2, epsilon_high=0.3, beta=0.1))
     counted.add(
-        grpo_config(epsilon_low=0.2, epsilon_high=0.3),
+        torch.tensor(-0.95),
         MASK,
         MASK / 4,
-        torch.tensor([1.0, -1.0]),
+        torch.tensor([[1.0], [-1.0]]) * MASK,
         padded([1.25, 1.5, 2.0], [0.5, 0.0, 0.0]),
         torch.where(MASK, -1.0, 0.0),
         torch.where(MASK, 0.5, 0.0),
         torch.where(MASK, 2.0, 0.0),
     )
     counted.updates = 1
-    return counted.means(beta=0.1)
+    return counted.means()
 
 
 @pytest.mark.parametrize("padding", [1.0, 0.01, 99.0])
@@ -44,6 +44,8 @@ def test_padding_counts_in_no_metric(padding: float) -> None:
             "entropy": 2.0,
             "clip_ratio_low": 1 / 4,  # 0.5, which is below 0.8, where the advantage is negative
             "clip_ratio_high": 2 / 4,  # 1.5 and 2, which are above 1.3, where it is positive
+            "clip_ratio_low_min": 0.0,
+            "clip_ratio_high_max": 2 / 3,
             "ratio_min": 0.5,
             "ratio_max": 2.0,
         }

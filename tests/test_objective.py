@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grpo_core.objective import Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
 
-AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant_length")
+AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
 MASK_NT = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
 LOW, HIGH = 0.1, 0.3
 
@@ -47,15 +47,19 @@ def test_weights_without_any_token_are_zero_and_not_nan(aggregation: Aggregation
 
 def test_the_ratio_is_that_of_the_probabilities() -> None:
     new, old = torch.tensor([[0.5, 0.2]]), torch.tensor([[0.25, 0.4]])
-    torch.testing.assert_close(importance_ratio(new.log(), old.log()), torch.tensor([[2.0, 0.5]]))
+    torch.testing.assert_close(
+        importance_ratio(new.log(), old.log(), torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[2.0, 0.5]])
+    )
 
 
 def test_padding_cannot_make_the_loss_or_its_gradient_nan() -> None:
     """Both log-probabilities are 0 on padding, so nothing overflows there, however far the own tokens have moved."""
     logp_NT = torch.where(MASK_NT, -50.0, 0.0).requires_grad_()
     old_NT, ref_NT = torch.where(MASK_NT, -0.1, 0.0), torch.where(MASK_NT, -10.0, 0.0)
-    ratio_NT = importance_ratio(logp_NT, old_NT)
-    token_loss_NT = clipped_surrogate(ratio_NT, torch.tensor([1.0, -1.0, 3.0]), LOW, HIGH) + k3_kl(logp_NT, ref_NT)
+    ratio_NT = importance_ratio(logp_NT, old_NT, MASK_NT)
+    token_loss_NT = clipped_surrogate(ratio_NT, torch.tensor([[1.0], [-1.0], [3.0]]), LOW, HIGH) + k3_kl(
+        logp_NT, ref_NT
+    )
     assert (ratio_NT[~MASK_NT] == 1).all() and (k3_kl(logp_NT, ref_NT)[~MASK_NT] == 0).all()
     loss = (token_weights(MASK_NT, "token_mean", 8) * token_loss_NT).sum()
     loss.backward()
@@ -66,7 +70,7 @@ def test_padding_cannot_make_the_loss_or_its_gradient_nan() -> None:
 def slope(ratio: float, advantage: float) -> float:
     """The gradient of a token's loss with respect to its ratio."""
     ratio_NT = torch.tensor([[ratio]], requires_grad=True)
-    clipped_surrogate(ratio_NT, torch.tensor([advantage]), LOW, HIGH).sum().backward()
+    clipped_surrogate(ratio_NT, torch.tensor([[advantage]]), LOW, HIGH).sum().backward()
     assert ratio_NT.grad is not None
     return ratio_NT.grad.item()
 
@@ -98,9 +102,8 @@ def test_a_bad_token_that_became_likelier_is_never_clipped() -> None:
 def test_the_first_update_is_the_policy_gradient() -> None:
     """At ratio 1 the gradient with respect to a log-probability is -A, the advantage of the token's own row."""
     logp_NT = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
-    clipped_surrogate(
-        importance_ratio(logp_NT, logp_NT.detach()), torch.tensor([2.0, -0.5]), LOW, HIGH
-    ).sum().backward()
+    ratio_NT = importance_ratio(logp_NT, logp_NT.detach(), torch.ones(2, 2, dtype=torch.bool))
+    clipped_surrogate(ratio_NT, torch.tensor([[2.0], [-0.5]]), LOW, HIGH).sum().backward()
     assert logp_NT.grad is not None
     assert logp_NT.grad.tolist() == [[-2.0, -2.0], [0.5, 0.5]]
 
@@ -148,12 +151,12 @@ def test_the_mean_gradient_of_k3_pulls_towards_the_reference() -> None:
 
 def test_the_objectives_parts_leave_their_inputs_unchanged() -> None:
     mask_NT, logp_NT, old_NT = MASK_NT.clone(), torch.full((3, 5), -1.0), torch.full((3, 5), -2.0)
-    ratio_NT, advantage_N = torch.full((3, 5), 2.0), torch.tensor([1.0, -1.0, 0.0])
-    inputs = [mask_NT, logp_NT, old_NT, ratio_NT, advantage_N]
+    ratio_NT, advantage_N1 = torch.full((3, 5), 2.0), torch.tensor([[1.0], [-1.0], [0.0]])
+    inputs = [mask_NT, logp_NT, old_NT, ratio_NT, advantage_N1]
     before = [tensor.clone() for tensor in inputs]
     for aggregation in AGGREGATIONS:
         token_weights(mask_NT, aggregation, 8).zero_()
-    importance_ratio(logp_NT, old_NT).zero_()
-    clipped_surrogate(ratio_NT, advantage_N, LOW, HIGH).zero_()
+    importance_ratio(logp_NT, old_NT, mask_NT).zero_()
+    clipped_surrogate(ratio_NT, advantage_N1, LOW, HIGH).zero_()
     k3_kl(logp_NT, old_NT).zero_()
     assert all(torch.equal(old, new) for old, new in zip(before, inputs, strict=True))

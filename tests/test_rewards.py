@@ -33,11 +33,14 @@ from rewards import (
     same_number,
     score,
     soft_format_reward_func,
+    soft_overlong_reward_func,
     strict_format_reward_func,
     xmlcount_reward_func,
 )
 
 STRICT = "<reasoning>\n2 + 2\n\nis 4\n</reasoning>\n<answer>\n4\n</answer>\n"
+# All that judge a text by itself; the soft overlong penalty judges its length in tokens.
+TEXT_REWARDS = {name: function for name, function in REWARDS.items() if name != "soft_overlong_reward_func"}
 FORMAT_REWARDS = [strict_format_reward_func, soft_format_reward_func, xmlcount_reward_func]
 
 
@@ -308,7 +311,7 @@ def test_an_answer_that_is_no_number_is_right_when_it_is_the_same_text():
 
 
 def test_an_answer_without_its_format_earns_nothing():
-    assert [pay(function, "4") for function in REWARDS.values()] == [0.0] * 6
+    assert [pay(function, "4") for function in TEXT_REWARDS.values()] == [0.0] * 6
 
 
 @pytest.mark.parametrize("text", ["²", "٧٢", "７２", "10,72", "4.0", "$4", "nan", "four", ""])
@@ -335,12 +338,12 @@ def test_trailing_words_do_not_count_and_punctuation_does_not_matter():
 def test_a_chat_completion_is_its_last_message():
     chat = [{"role": "assistant", "content": "#### 9"}, {"role": "assistant", "content": STRICT + "#### 4"}]
     assert completion_text(chat) == STRICT + "#### 4"
-    for function in REWARDS.values():
+    for function in TEXT_REWARDS.values():
         assert pay(function, chat) == pay(function, STRICT + "#### 4")
     assert pay(numeric_reward_func, chat) == 1.0 and pay(correctness_reward_func, chat) == 2.0
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", TEXT_REWARDS)
 def test_each_row_is_scored_by_itself_and_in_order(name):
     completions = [STRICT, "#### 4", xml("5"), "", "#### 5", STRICT + "tail", xml("five"), "<reasoning>\nso"]
     answers = ["4", "5", "5", "4", "#### 5", "5", "five", "4"]
@@ -353,6 +356,23 @@ def test_a_column_of_the_wrong_length_is_not_cut_to_fit():
     for function in (correctness_reward_func, numeric_reward_func):
         with pytest.raises(ValueError, match="shorter"):
             function(prompts=["?", "?"], completions=["#### 4", "#### 4"], answer=["4"])
+
+
+@pytest.mark.parametrize(
+    ("length", "reward"), [(0, 0), (79, 0), (80, 0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1), (150, -1)]
+)
+def test_the_soft_overlong_penalty_falls_over_the_buffer_to_minus_one(length, reward):
+    """DAPO's equation 13 with a budget of 100 tokens and a buffer of 20; the text does not matter."""
+    for text in ("", "#### 4"):
+        [value] = soft_overlong_reward_func(
+            prompts=["?"],
+            completions=[text],
+            completion_ids=[[7] * length],
+            max_completion_tokens=[100],
+            overlong_buffer=[20],
+            answer=["4"],
+        )
+        assert value == pytest.approx(reward)
 
 
 # --- any text at all ---------------------------------------------------------------------------------------------
@@ -419,7 +439,7 @@ def test_a_hostile_megabyte_costs_every_function_less_than_50_ms(shape):
     start, end = SHAPES[shape]
     for unit in UNITS:
         text = start + unit * (MEGABYTE // len(unit)) + end
-        for name, function in REWARDS.items():
+        for name, function in TEXT_REWARDS.items():
             seconds = best_time(lambda function=function, text=text: pay(function, text), enough=0.05)
             assert seconds < 0.05, f"{name} took {seconds:.3f} s on {unit!r} repeated, {shape}"
 
@@ -713,7 +733,7 @@ def test_every_reward_goes_into_trl_unchanged_and_is_logged_there_as_computed_he
     trainer = trl.GRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=[*REWARDS.values(), witness],
+        reward_funcs=[*TEXT_REWARDS.values(), witness],
         train_dataset=datasets.Dataset.from_dict({"prompt": ["xml?", "hash?"], "answer": ["4", "3 + 3\n#### 6"]}),
         args=trl.GRPOConfig(
             output_dir=str(tmp_path),
@@ -734,9 +754,9 @@ def test_every_reward_goes_into_trl_unchanged_and_is_logged_there_as_computed_he
     prompts, completions, answers = map(list, zip(*said, strict=True))
     assert sorted(completions) == sorted(["".join(speech[1:-1]) for speech in SPEECHES] * 2)
     [log] = [entry for entry in trainer.state.log_history if "reward" in entry]
-    for name, function in REWARDS.items():
+    for name, function in TEXT_REWARDS.items():
         mean = sum(function(prompts=prompts, completions=completions, answer=answers)) / len(completions)
         assert log[f"rewards/{name}/mean"] == pytest.approx(mean)
         assert mean > 0
-    scores = score(load_rewards(list(REWARDS)), prompts, completions, {"answer": answers})
+    scores = score(load_rewards(list(TEXT_REWARDS)), prompts, completions, {"answer": answers})
     assert log["reward"] == pytest.approx(sum(scores.total) / len(completions))

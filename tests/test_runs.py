@@ -27,7 +27,6 @@ from rewards import numeric_reward_func
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.cli import parse_config
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy
 from sft_core.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND
 
@@ -317,8 +316,8 @@ def test_beta_0_holds_no_reference(start: list[str], tmp_path: Path, monkeypatch
     made: list[Reference] = []
 
     class Counted(Reference):
-        def __init__(self, policy: Policy) -> None:
-            super().__init__(policy)
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
             made.append(self)
 
     monkeypatch.setattr(grpo_core.train, "Reference", Counted)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import grpo_core.step
 import grpo_core.train
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
-from grpo_core.step import Learner, StepReport, grpo_step, sample_groups
+from grpo_core.rollout import sample_groups
+from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
 from sft_core.policy import Policy, without_dropout
 from sft_core.prompts import encode_prompt, prompt_messages
@@ -92,13 +92,13 @@ def test_a_step_is_algorithm_1_by_the_definition(aggregation: Any, family: Famil
     report = step(parts)
     catcher: Any = parts.optimizer
 
-    rewards = length_reward([], report.samples.texts)
+    rewards = length_reward([], report.rollout.samples.texts)
     for group in range(2):
         of_group = rewards[4 * group : 4 * group + 4]
         expected = [(r - fmean(of_group)) / (stdev(of_group) + 1e-4) for r in of_group]
         assert report.advantage_BG[group].tolist() == pytest.approx(expected, rel=1e-5)
 
-    naive = NaiveStep(model, config, completions(report.samples), report.advantage_BG.flatten().tolist())
+    naive = NaiveStep(model, config, completions(report.rollout.samples), report.advantage_BG.flatten().tolist())
     for update in range(2):
         loss, gradient = naive.loss_and_gradient()
         assert catcher.losses[update] == pytest.approx(loss, abs=tolerance)
@@ -107,7 +107,7 @@ def test_a_step_is_algorithm_1_by_the_definition(aggregation: Any, family: Famil
 
     # The second update really was off-policy, on both sides of the bounds, and away from the reference.
     assert naive.clipped_low and naive.clipped_high and naive.kl > 1e-3
-    means, tokens = report.tally.means(config.beta), 2 * naive.tokens
+    means, tokens = report.tally.means(), 2 * naive.tokens
     assert means["clip_ratio_low"] == pytest.approx(naive.clipped_low / tokens)
     assert means["clip_ratio_high"] == pytest.approx(naive.clipped_high / tokens)
     assert means["kl"] == pytest.approx(naive.kl / tokens, rel=1e-5)
@@ -230,39 +230,32 @@ def test_gradient_checkpointing_leaves_the_gradient_unchanged_and_the_cache_on(k
     assert layer_calls.count(True) == 2 * 2  # two micro-batches, each computed twice: checkpointing was on
 
 
-def fixed(monkeypatch: pytest.MonkeyPatch, samples: Samples) -> None:
-    """The step's sampler will hand out these samples."""
-    monkeypatch.setattr(grpo_core.step, "sample_groups", lambda *_: samples)
+def with_samples(parts: Learner, samples: Samples) -> Learner:
+    """The same parts with a sampler that hands out these samples."""
+    return replace(parts, sampler=lambda *_: samples)
 
 
-def measured(policy: Policy, config: GRPOConfig) -> dict[str, Any]:
-    """The step's log line without its times; the step moves the weights between its two updates."""
-    report = step(caught(policy, config, lr=0.1))
-    record = step_record(report, EXAMPLES, config)
+def measured(policy: Policy, config: GRPOConfig, samples: Samples) -> dict[str, Any]:
+    """The log line, without its times, of a step on these samples; it moves the weights between its two updates."""
+    report = step(with_samples(caught(policy, config, lr=0.1), samples))
+    record = step_record(report, config)
     return {name: value for name, value in record.items() if not name.endswith("_s")}
 
 
 @families
-def test_padding_changes_no_metric(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_changes_no_metric(family: Family) -> None:
     config = grpo_config(beta=0.1, mu=2, group_size=4, epsilon_low=0.05, epsilon_high=0.05)
     samples = sample_groups(ends_often(tiny_policy(family)), EXAMPLES, config)
     lengths = samples.rows.completion_len_N
     assert lengths.min() < lengths.max()
 
-    fixed(monkeypatch, samples)
-    expected = measured(ends_often(tiny_policy(family)), config)
+    expected = measured(ends_often(tiny_policy(family)), config, samples)
     assert expected["kl"] > 0 and expected["clip_ratio_low"] > 0 and expected["clip_ratio_high"] > 0
-    without_any_padding = measured(ends_often(tiny_policy(family)), replace(config, micro_batch=1))
+    without_any_padding = measured(ends_often(tiny_policy(family)), replace(config, micro_batch=1), samples)
     # More padding on both sides, and another token in all of it.
-    fixed(
-        monkeypatch,
-        replace(
-            samples,
-            rows=widened(samples.rows, 3, 5, filler=77),
-            logp_NT=torch.nn.functional.pad(samples.logp_NT, (0, 5)),
-        ),
-    )
-    padded = measured(ends_often(tiny_policy(family)), config)
+    logp_NT = torch.nn.functional.pad(samples.logp_NT, (0, 5))
+    wide = replace(samples, rows=widened(samples.rows, 3, 5, filler=77), logp_NT=logp_NT)
+    padded = measured(ends_often(tiny_policy(family)), config, wide)
     for found in (without_any_padding, padded):
         assert found.keys() == expected.keys()
         for name, value in found.items():
@@ -274,11 +267,11 @@ def test_entropy_is_the_mean_over_the_completions_own_tokens() -> None:
     policy = ends_often(tiny_policy())
     report = step(caught(policy, grpo_config(micro_batch=2)))
     total = 0.0
-    for prompt, completion in completions(report.samples):
+    for prompt, completion in completions(report.rollout.samples):
         logp = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
         total -= float((logp.exp() * logp).sum().detach())
-    tokens = sum(len(completion) for _, completion in completions(report.samples))
-    assert report.tally.means(0.0)["entropy"] == pytest.approx(total / tokens, rel=1e-5)
+    tokens = sum(len(completion) for _, completion in completions(report.rollout.samples))
+    assert report.tally.means()["entropy"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 # --- sampling ---
@@ -288,19 +281,19 @@ def test_entropy_is_the_mean_over_the_completions_own_tokens() -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_first_update_has_ratio_exactly_one_and_the_samplers_logprobs(family: Family, temperature: float) -> None:
     report = step(caught(ends_often(tiny_policy(family)), grpo_config(temperature=temperature, micro_batch=4)))
-    means = report.tally.means(0.0)
+    means = report.tally.means()
     assert means["ratio_min"] == means["ratio_max"] == 1
     assert means["sampler_gap_max"] < 1e-5
 
 
-def test_the_sampler_gap_is_measured_on_the_completions_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampler_gap_is_measured_on_the_completions_own_tokens() -> None:
     config, policy = grpo_config(micro_batch=4), ends_often(tiny_policy())
     samples = sample_groups(policy, EXAMPLES, config)
     assert not samples.rows.mask_NT.all()
     off_NT = torch.where(samples.rows.mask_NT, 0.5, 0.0)
     off_NT[0, 0] += 0.25
-    fixed(monkeypatch, replace(samples, logp_NT=samples.logp_NT + off_NT))
-    gap = step(caught(policy, config)).tally.gap
+    spoilt = replace(samples, logp_NT=samples.logp_NT + off_NT)
+    gap = step(with_samples(caught(policy, config), spoilt)).tally.gap
     assert gap["sampler_gap_mean"] == pytest.approx(0.5 + 0.25 / int(samples.rows.mask_NT.sum()), abs=1e-5)
     assert gap["sampler_gap_max"] == pytest.approx(0.75, abs=1e-5)
 
@@ -321,7 +314,7 @@ def test_a_step_samples_once_however_many_updates_it_takes(mu: int, monkeypatch:
     assert len(sampled) == 1
     assert len([call for call in calls if call["use_cache"] is False]) == 2 * mu  # a forward for each micro-batch
     assert report.tally.updates == mu == len(parts.optimizer.gradients)  # type: ignore[attr-defined]
-    means = report.tally.means(0.0)
+    means = report.tally.means()
     assert (means["ratio_min"] == 1) == (mu == 1)
 
 
@@ -330,9 +323,9 @@ def test_sampled_ids_are_trained_as_sampled_even_where_their_text_encodes_otherw
     with forward_calls(policy.model) as calls:
         report = step(caught(policy, grpo_config(prompts_per_step=2, group_size=4)))
     (learned,) = [call for call in calls if call["use_cache"] is False]
-    assert torch.equal(learned["input_ids"], report.samples.rows.ids_NL)
-    reread = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in report.samples.texts]
-    assert any(again != ids for again, (_, ids) in zip(reread, completions(report.samples), strict=True))
+    assert torch.equal(learned["input_ids"], report.rollout.samples.rows.ids_NL)
+    reread = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in report.rollout.samples.texts]
+    assert any(again != ids for again, (_, ids) in zip(reread, completions(report.rollout.samples), strict=True))
 
 
 @families
@@ -366,10 +359,10 @@ def test_completions_that_end_at_once_are_learned_and_not_divided_by_zero(aggreg
     policy = replace(policy, eos_ids=tuple(range(len(policy.tokenizer))))
     parts = caught(policy, grpo_config(aggregation=aggregation, beta=0.1), lambda prompts, **_: range(len(prompts)))
     report = step(parts)
-    assert report.samples.rows.completion_len_N.tolist() == [1] * 6
+    assert report.rollout.samples.rows.completion_len_N.tolist() == [1] * 6
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
-    assert all(math.isfinite(value) for value in report.tally.means(0.1).values())
+    assert all(math.isfinite(value) for value in report.tally.means().values())
 
 
 # --- rewards ---
@@ -391,16 +384,16 @@ def test_every_row_is_scored_against_its_own_prompts_gold() -> None:
     for column in ("prompts", "question"):
         assert reward.called[column] == [EXAMPLES[0].question] * 3 + [EXAMPLES[1].question] * 3
     assert reward.called["solution"] == [EXAMPLES[0].solution] * 3 + [EXAMPLES[1].solution] * 3
-    assert reward.called["completions"] == report.samples.texts
+    assert reward.called["completions"] == report.rollout.samples.texts
     encoded = [encode_prompt(policy.tokenizer, prompt_messages(example, config)) for example in EXAMPLES]
-    assert [prompt for prompt, _ in completions(report.samples)] == [encoded[0]] * 3 + [encoded[1]] * 3
-    for (_, ids), text in zip(completions(report.samples), report.samples.texts, strict=True):
+    assert [prompt for prompt, _ in completions(report.rollout.samples)] == [encoded[0]] * 3 + [encoded[1]] * 3
+    for (_, ids), text in zip(completions(report.rollout.samples), report.rollout.samples.texts, strict=True):
         assert policy.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_a_row_gets_its_own_reward_and_advantage() -> None:
     report = step(caught(ends_often(tiny_policy()), grpo_config(scale_rewards="none"), Identity()))
-    assert report.reward_BG.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert report.rollout.reward_BG.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert report.advantage_BG.tolist() == [[-1, 0, 1], [-1, 0, 1]]
 
 
@@ -417,7 +410,7 @@ def test_a_rewarded_completion_gains_on_its_group(row: int) -> None:
     parts = caught(policy, config, reward, lr=1e-3)
     report = step(parts)
     before, after = (
-        NaiveStep(model, config, completions(report.samples), []).old
+        NaiveStep(model, config, completions(report.rollout.samples), []).old
         for model in (tiny_policy(dtype=torch.float64).model, policy.model)
     )
     gains = [float(sum(new) - sum(old)) for old, new in zip(before, after, strict=True)]
@@ -445,9 +438,9 @@ def test_a_row_that_no_reward_function_judged_is_left_out() -> None:
     values = [None, 1.0, 3.0, 0.0, 0.0, 6.0]
     config = grpo_config(scale_rewards="none")
     report = step(caught(ends_often(tiny_policy()), config, lambda **_: values))
-    assert report.reward_BG[0, 0].isnan()
+    assert report.rollout.reward_BG[0, 0].isnan()
     assert report.advantage_BG.tolist() == [[0, -1, 1], [-2, -2, 4]]
-    record = step_record(report, EXAMPLES, config)
+    record = step_record(report, config)
     assert record["reward_mean"] == 2.0 and record["rewards/reward"] == 2.0
 
 
@@ -457,7 +450,7 @@ def test_a_step_that_no_reward_function_judged_teaches_nothing_and_can_be_logged
     report = step(parts)
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all((g == 0).all() for g in gradient.values())
-    record = step_record(report, EXAMPLES, config)
+    record = step_record(report, config)
     assert math.isnan(record["reward_mean"]) and record["rewards/reward"] is None
     assert record["zero_variance_share"] == 1 and math.isnan(record["reward_std"])
 
@@ -467,13 +460,13 @@ def test_weights_of_rewards_are_applied() -> None:
     parts = caught(ends_often(tiny_policy()), config)
     ones = Reward("ones", lambda prompts, **_: [1.0] * len(prompts), 10.0)
     report = step(replace(parts, rewards=[Reward("identity", Identity(), 2.0), ones]))
-    assert report.reward_BG.tolist() == [[10, 12, 14], [16, 18, 20]]
-    assert set(report.scores.by_function) == {"identity", "ones"}
+    assert report.rollout.reward_BG.tolist() == [[10, 12, 14], [16, 18, 20]]
+    assert set(report.rollout.scores.by_function) == {"identity", "ones"}
 
 
 def test_shuffled_rewards_are_the_same_rewards_on_other_rows() -> None:
     report = step(caught(ends_often(tiny_policy()), grpo_config(shuffle_rewards=True), Identity()))
-    dealt = report.reward_BG.flatten().tolist()
+    dealt = report.rollout.reward_BG.flatten().tolist()
     assert sorted(dealt) == [0, 1, 2, 3, 4, 5] and dealt != sorted(dealt)
 
 
@@ -516,7 +509,7 @@ def test_an_overflow_in_fp16_repeats_the_batch_with_half_the_factor() -> None:
     assert len(moves) == 1
     assert parts.optimizer.lr == pytest.approx(lr * 0.9)  # one step of ten
     assert math.isfinite(report.grad_norm)
-    means = report.tally.means(0.0)
+    means = report.tally.means()
     assert means["ratio_min"] == means["ratio_max"] == 1
 
 

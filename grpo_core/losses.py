@@ -1,0 +1,88 @@
+"""What the settings make of the objective's parts: where the options of `grpo_core.config` meet the mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eval.sampling import Samples
+from grpo_core.advantages import decoupled_advantages, group_advantages
+from grpo_core.config import GRPOConfig
+from grpo_core.objective import clipped_surrogate, k3_kl
+from grpo_core.variants import cispo, high_entropy_tokens, near_policy_rows, sapo, vespo
+from rewards import Scores
+from sft_core.logprobs import token_logprobs
+from sft_core.policy import Policy
+from sft_core.rows import Rows
+
+
+def advantages(scores: Scores, reward_BG: Tensor, config: GRPOConfig) -> Tensor:
+    """advantage_BG, by one of the two orders of adding up reward functions and normalising."""
+    if config.reward_aggregation == "sum_then_normalize":
+        return group_advantages(reward_BG, config.scale_rewards)
+    names = list(scores.by_function)
+    value_KN = torch.tensor(
+        [[torch.nan if value is None else value for value in scores.by_function[name]] for name in names],
+        dtype=reward_BG.dtype,
+    )
+    weight_K = torch.tensor(config.reward_weights or [1.0] * len(names), dtype=reward_BG.dtype)
+    return decoupled_advantages(value_KN.view(-1, *reward_BG.shape), weight_K)
+
+
+def learned_rows(samples: Samples, config: GRPOConfig) -> Rows:
+    """The rows that teach: all of them, or with `mask_truncated` those that the model ended itself (DAPO, arXiv
+    2503.14476, section 3.4). A row left out keeps its place, with no completion token."""
+    return samples.rows.without_completions(samples.truncated_N) if config.mask_truncated else samples.rows
+
+
+def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig) -> Tensor:
+    """mask_NT of the tokens that the advantage acts on: all of the completions, or their `top_entropy` share.
+
+    Which tokens those are is decided once, over the whole step, under the policy that sampled them. TRL decides anew
+    in each micro-batch of each update (grpo_trainer.py 1.16.0, line 3050), so that its gradient depends on their size.
+    """
+    if config.top_entropy == 1:
+        return rows.mask_NT
+    entropy_NT = torch.zeros_like(rows.completion_NT, dtype=torch.float32)
+    with torch.no_grad():
+        for at, micro in rows.micro_batches(config.micro_batch):
+            part_NT = token_logprobs(policy, micro, config.temperature)[1]
+            entropy_NT[at, : part_NT.shape[1]] = part_NT
+    return high_entropy_tokens(entropy_NT, rows.mask_NT, config.top_entropy)
+
+
+def token_advantages(advantage_BG: Tensor, kept_NT: Tensor, dtype: torch.dtype) -> Tensor:
+    """A_i,t: one for all kept tokens of a completion, 0 elsewhere."""
+    return advantage_BG.flatten()[:, None].to(dtype).to(kept_NT.device) * kept_NT
+
+
+def policy_loss(
+    ratio: Tensor, logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor, advantage_NT: Tensor, config: GRPOConfig
+) -> Tensor:
+    """What each token contributes before its weight and its KL; the clipped surrogate unless --loss says otherwise."""
+    kind = config.objective.token_loss
+    if kind == "clip":
+        delta = config.delta or float("inf")
+        loss_NT = clipped_surrogate(ratio, advantage_NT, config.epsilon_low, config.epsilon_high, delta)
+    elif kind == "cispo":
+        loss_NT = cispo(ratio, logp_NT, advantage_NT, config.epsilon_high)
+    elif kind == "sapo":
+        loss_NT = sapo(ratio, advantage_NT, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    else:
+        positive = (config.vespo_k_pos, config.vespo_lambda_pos)
+        negative = (config.vespo_k_neg, config.vespo_lambda_neg)
+        loss_NT = vespo(logp_NT, old_logp_NT, advantage_NT, positive, negative)
+    if config.off_policy_threshold:
+        loss_NT = loss_NT * near_policy_rows(logp_NT, old_logp_NT, mask_NT, advantage_NT, config.off_policy_threshold)
+    return loss_NT
+
+
+def kl_penalty(ratio: Tensor, logp_NT: Tensor, ref_logp_NT: Tensor, config: GRPOConfig) -> Tensor:
+    """k3 of each token.
+
+    With `kl_correction` times the ratio, whose own gradient makes the whole that of KL(pi_theta || pi_ref), also where
+    its value is 1 (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's default, grpo_trainer.py 1.16.0, line 3104). Without
+    it the mean gradient on-policy is that of KL(pi_ref || pi_theta) at each token.
+    """
+    kl_NT = k3_kl(logp_NT, ref_logp_NT)
+    return kl_NT * ratio if config.kl_correction else kl_NT
