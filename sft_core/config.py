@@ -114,6 +114,7 @@ class OptimConfig:
     warmup_ratio: float = flag(0.0, "share of the steps over which the learning rate rises from 0")
     adam_beta1: float = flag(0.9, "AdamW's decay of the gradient mean (default: PyTorch's)")
     adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient (default: PyTorch's)")
+    adam_epsilon: float = flag(1e-8, "AdamW's floor under the root of the squared gradient (default: PyTorch's)")
     weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm (1: TRL); 0: never")
     max_steps: int = flag(0, "steps to train for; 0: as many as --epochs gives")
@@ -125,6 +126,7 @@ class OptimConfig:
         require(self.lr > 0, "lr", self.lr, "more than 0")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 or more and below 1")
         require(self.max_steps > 0 or self.epochs > 0, "epochs", self.epochs, "more than 0 (or --max_steps)")
+        require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "more than 0")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")

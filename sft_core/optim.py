@@ -26,6 +26,7 @@ class Optimizer:
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
             fused=True,
         )
         warmup_steps = round(config.warmup_ratio * total_steps)

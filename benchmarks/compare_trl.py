@@ -1,0 +1,138 @@
+"""Is it TRL's mathematics? The real `grpo_step` against TRL's real `GRPOTrainer.train()` on the same weights and the
+same completions, in float32 on the CPU, and the differences that are meant.
+
+    python -m benchmarks.compare_trl                          all combinations, minutes
+    python -m benchmarks.compare_trl --every 20               every twentieth of them, seconds
+    python -m benchmarks.compare_trl --output FILE.md         the tables as a file, too
+
+Exit code 1 where a difference is over its bound. Needs the extra `trl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare_trl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth combination")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables as Markdown, too")
+    options = parser.parse_args(argv)
+    if options.every < 1:
+        parser.error(f"argument --every: {options.every}: expected 1 or more")
+    if find_spec("trl") is None:
+        print("error: the comparison needs trl: pip install -c constraints.txt '.[trl]'", file=sys.stderr)
+        return 2
+    _be_quiet()
+    from benchmarks.parity.declared import declared_differences
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        table, over = compared(options.every, Path(folder))
+        declared = declared_differences(Path(folder))
+    report = "\n".join(
+        [
+            table,
+            "",
+            "Declared differences, each measured with the same inputs on both sides:",
+            "",
+            declared,
+            "",
+            f"trl {version('trl')}, transformers {version('transformers')}, torch {torch.__version__}; "
+            f"{time.perf_counter() - started:.0f} s on {torch.get_num_threads()} CPU thread(s).",
+        ]
+    )
+    print(report)
+    if options.output:
+        options.output.write_text(report + "\n")
+    for line in over:
+        print(f"over its bound: {line}", file=sys.stderr)
+    return 1 if over else 0
+
+
+def compared(every: int, folder: Path) -> tuple[str, list[str]]:
+    """The table of largest differences per named loss and option, and what is over its bound."""
+    from benchmarks.parity import ours, theirs
+    from benchmarks.parity.cases import all_cases
+    from benchmarks.parity.compare import BOUNDS, differences, moved
+
+    worst: dict[str, dict[str, float]] = {}
+    counts: dict[str, int] = {}
+    over, least_moved = [], math.inf
+    for case in tqdm(all_cases()[::every], unit="case", disable=None):
+        config = ours.configuration(case, folder)
+        their_trace = theirs.run(case, config, folder)
+        our_trace = ours.run(case, config, their_trace.rollouts)
+        found = differences(case, our_trace, their_trace)
+        over += [
+            f"{stage} {found[stage]:.1e} > {BOUNDS[stage]:.0e} in {case}"
+            for stage in found
+            if found[stage] > BOUNDS[stage]
+        ]
+        least_moved = min(least_moved, moved(our_trace))
+        kind = f"{case.loss}, {_options(case.fields)}" if case.fields else case.loss
+        counts[kind] = counts.get(kind, 0) + 1
+        of_kind = worst.setdefault(kind, {})
+        for stage, value in found.items():
+            of_kind[stage] = _larger(of_kind.get(stage, math.nan), value)
+
+    overall: dict[str, float] = {}
+    for of_kind in worst.values():
+        for stage, value in of_kind.items():
+            overall[stage] = _larger(overall.get(stage, math.nan), value)
+    rows = [["loss and option", "cases", *BOUNDS]]
+    rows += [[kind, str(counts[kind]), *(_number(worst[kind][stage]) for stage in BOUNDS)] for kind in worst]
+    rows += [["**largest**", str(sum(counts.values())), *(_number(overall[stage]) for stage in BOUNDS)]]
+    rows += [["bound", "", *(_number(bound) for bound in BOUNDS.values())]]
+    summary = (
+        f"{sum(counts.values())} trajectories of 3 or 4 optimizer steps; in each, the weights move by at least "
+        f"{least_moved:.1e}. Largest difference of any rollout, update, row, token, parameter:"
+    )
+    return "\n".join([summary, "", markdown(rows)]), over
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first row its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _options(fields: dict[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.0e}"
+
+
+def _larger(first: float, second: float) -> float:
+    values: Iterable[float] = [value for value in (first, second) if not math.isnan(value)]
+    return max(values, default=math.nan)
+
+
+def _be_quiet() -> None:
+    """TRL says for each trainer that names it uses are deprecated, and for each row without reward that it has none."""
+    warnings.simplefilter("ignore")
+    for name in ("trl", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # the models are so small that a second thread only waits for the first
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

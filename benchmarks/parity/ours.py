@@ -1,0 +1,139 @@
+"""This project on a case: the real `grpo_step`, given the rollouts that TRL was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.parity.cases import (
+    BUDGET,
+    PROMPTS_PER_STEP,
+    REWARD_WEIGHTS,
+    Case,
+    Row,
+    Trace,
+    model_folder,
+    rewards,
+)
+from eval.sampling import Samples, decode
+from grpo_core.config import GRPOConfig
+from grpo_core.losses import learned_rows
+from grpo_core.metrics import step_record
+from grpo_core.reference import Reference
+from grpo_core.step import Learner, grpo_step
+from rewards import Reward
+from sft_core.logprobs import token_logprobs
+from sft_core.optim import Optimizer
+from sft_core.policy import Policy, load_policy, without_dropout
+from sft_core.rows import pack_rows
+from sft_core.source import find_source
+from sft_core.tasks import Example
+
+
+def configuration(case: Case, folder: Path) -> GRPOConfig:
+    """The case as a configuration."""
+    return GRPOConfig(
+        **{
+            "model": str(model_folder(case.family, folder)),
+            "loss": case.loss,
+            "beta": case.beta,
+            "mu": case.mu,
+            "temperature": case.temperature,
+            "mask_truncated": case.mask_truncated,
+            "prompts_per_step": PROMPTS_PER_STEP,
+            "group_size": case.group_size,
+            "max_completion_tokens": BUDGET,
+            "micro_batch": case.rows // case.accumulation,
+            "reward_weights": REWARD_WEIGHTS,
+            "precision": "float32",
+            "device": "cpu",
+            "lr": 5e-3,  # three steps of the linear schedule move weights by 1e-2
+            # Adam divides by the gradient's own size, and so makes steps of the rounding errors of gradients that are
+            # zero in theory (GPT-2's key biases) unless its epsilon is above them.
+            "adam_epsilon": 1e-4,
+            "max_steps": case.updates,
+            "epsilon_low": 0.4,  # so that a second update is clipped on both sides, in part
+            "epsilon_high": 0.6,
+            **case.fields,
+        }
+    )
+
+
+class RecordingOptimizer(Optimizer):
+    """The real optimizer, which notes what goes in and what comes out."""
+
+    def __init__(
+        self, policy: Policy, config: GRPOConfig, trace: Trace, spoil_loss: Callable[[int, Tensor], Tensor]
+    ) -> None:
+        super().__init__(policy, config, config.max_steps)
+        self.spoil_loss = spoil_loss
+        self.policy, self.trace, self.temperature = policy, trace, config.temperature
+        self.loss, self.rows = 0.0, None
+
+    def backward(self, loss: Tensor) -> None:
+        loss = self.spoil_loss(len(self.trace.loss), loss)
+        self.loss += loss.item()
+        super().backward(loss)
+
+    def clip_and_step(self) -> tuple[float, bool]:
+        named = self.policy.trainable()
+        with torch.no_grad():
+            self.trace.logp.append(token_logprobs(self.policy, self.rows, self.temperature)[0])
+        self.trace.gradient.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        self.trace.loss.append(self.loss)
+        self.loss = 0.0
+        outcome = super().clip_and_step()
+        self.trace.weights.append({name: p.detach().clone() for name, p in named})
+        return outcome
+
+
+def run(
+    case: Case,
+    config: GRPOConfig,
+    rollouts: list[list[Row]],
+    reward_functions: list[Any] | None = None,
+    change_model: Callable[[Any], None] = lambda model: None,
+    spoil_loss: Callable[[int, Tensor], Tensor] = lambda update, loss: loss,
+) -> Trace:
+    """One `grpo_step` for each rollout."""
+    policy = load_policy(config, find_source(config))
+    change_model(policy.model)
+    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+    without_dropout(policy.model)
+    policy.model.train()
+    start = {name: p.detach().clone() for name, p in policy.trainable()}
+    trace = Trace(rollouts=rollouts, start=start)
+    optimizer = RecordingOptimizer(policy, config, trace, spoil_loss)
+    terms = [
+        Reward(function.__name__, function, weight)
+        for function, weight in zip(reward_functions or rewards(case.none_rewards), config.reward_weights, strict=True)
+    ]
+    for rollout in rollouts:
+        samples = as_samples(policy, rollout)
+        rows = optimizer.rows = learned_rows(samples, config)
+        trace.mask.append(rows.mask_NT)
+        if reference:
+            trace.ref_logp.append(reference.logprobs(rows, config.temperature, config.micro_batch))
+        learner = Learner(config, policy, reference, terms, optimizer, partial(_replay, samples))
+        report = grpo_step(learner, [Example("", "", "")] * PROMPTS_PER_STEP)
+        trace.advantage.append(report.advantage_BG.flatten().float())
+        trace.old_logp.append(trace.logp[-config.mu])
+        trace.metrics.append(step_record(report, config))
+    return trace
+
+
+def _replay(samples: Samples, *_: Any) -> Samples:
+    """A sampler that hands out what is there."""
+    return samples
+
+
+def as_samples(policy: Policy, rollout: list[Row]) -> Samples:
+    """The rollout as if it had been sampled here, by a sampler whose log-probabilities are not compared."""
+    rows = pack_rows([prompt for prompt, _ in rollout], [completion for _, completion in rollout], policy.pad_id)
+    truncated_N = torch.tensor([completion[-1] not in policy.eos_ids for _, completion in rollout])
+    return Samples(rows, decode(policy, rows), truncated_N, torch.zeros_like(rows.mask_NT, dtype=torch.float32))

@@ -1,0 +1,164 @@
+"""What `python -m benchmarks.compare_trl` claims: equal numbers, a comparison that can fail, declared differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grpo_core.losses
+import grpo_core.objective
+import grpo_core.step
+from benchmarks import compare_trl
+from benchmarks.parity.cases import FAMILIES, Case, Family, all_cases, completions
+from benchmarks.parity.compare import BOUNDS, differences, moved, relative
+from grpo_core.objective import LOSSES
+
+pytestmark = [
+    pytest.mark.trl,
+    pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed (Python 3.11 and newer only)"),
+    # TRL 1.16 uses names that transformers 5 and accelerate renamed, and warns of its experimental rollout_func.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def measured(case: Case, folder: Path, **changed: Any) -> dict[str, float]:
+    """Stage -> difference; `changed` are fields of our configuration that TRL is not told of."""
+    from benchmarks.parity import ours, theirs
+
+    config = ours.configuration(case, folder)
+    their_trace = theirs.run(case, config, folder)
+    our_trace = ours.run(case, replace(config, **changed), their_trace.rollouts)
+    assert moved(our_trace) > 0.009
+    return differences(case, our_trace, their_trace)
+
+
+def over(found: dict[str, float]) -> set[str]:
+    return {stage for stage, value in found.items() if value > BOUNDS[stage]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_named_loss_is_trls_in_every_stage(loss: str, family: Family, folder: Path) -> None:
+    """Off-policy, with a reference, truncated rows masked, rows without a reward, and accumulation where TRL's result
+    does not depend on it."""
+    case = Case(loss, family, 0.1, 2, 1.3, 1 if loss == "bnpo" else 2, mask_truncated=True, none_rewards=True)
+    assert over(measured(case, folder)) == set()
+
+
+@pytest.mark.parametrize("case", [case for case in all_cases() if case.fields and case.family == "qwen2"], ids=str)
+def test_every_option_is_trls_in_every_stage(case: Case, folder: Path) -> None:
+    assert over(measured(case, folder)) == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "stages"),
+    [
+        ({"epsilon_low": 0.39}, {"loss"}),
+        ({"epsilon_high": 0.59}, {"loss"}),
+        ({"temperature": 1.29}, {"log-probs", "old log-probs", "reference log-probs"}),
+        ({"beta": 0.101}, {"loss"}),
+        ({"aggregation": "sequence_mean"}, {"loss"}),
+        ({"scale_rewards": "batch"}, {"advantages"}),
+        ({"mask_truncated": False}, {"masks"}),
+        ({"kl_correction": True}, {"gradients"}),
+        ({"lr": 5.1e-3}, {"weights"}),
+        ({"adam_beta1": 0.85}, {"weights"}),
+        ({"reward_weights": [1.0, 0.51]}, {"advantages", "metrics"}),
+    ],
+    ids=str,
+)
+def test_a_small_change_of_one_setting_is_noticed(changed: dict[str, Any], stages: set[str], folder: Path) -> None:
+    found = over(measured(Case("dapo", "qwen2", 0.1, 2, 1.3, mask_truncated=True), folder, **changed))
+    assert stages <= found
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        ("losses", "k3_kl", lambda logp, ref: logp - ref),
+        ("losses", "clipped_surrogate", lambda ratio, advantage, *_: -ratio * advantage),
+        ("step", "token_weights", lambda mask, *_: mask / mask.numel()),
+        ("step", "importance_ratio", lambda logp, old, *_: (logp - old + 1e-4).exp()),
+    ],
+)
+def test_a_wrong_formula_is_noticed(
+    module: str, name: str, wrong: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(getattr(grpo_core, module), name, wrong)
+    assert {"loss", "gradients"} <= over(measured(Case("dapo", "qwen2", 0.1, 2), folder))
+
+
+def test_the_cases_are_every_combination_of_every_named_loss() -> None:
+    cases = [case for case in all_cases() if not case.fields]
+    for loss in LOSSES:
+        accumulations = (1,) if loss == "bnpo" else (1, 2)
+        settings = {
+            (c.family, c.beta > 0, c.mu, c.accumulation, c.mask_truncated, c.none_rewards)
+            for c in cases
+            if c.loss == loss
+        }
+        assert len(settings) == 2 * 2 * 2 * len(accumulations) * 2 * 2
+        assert {c.temperature for c in cases if c.loss == loss} == {0.7, 1.3}
+
+
+def test_the_completions_are_of_all_kinds() -> None:
+    for rollout in range(3):
+        made = completions(rollout, 8)
+        lengths = [len(ids) for ids in made]
+        assert 1 in lengths and lengths.count(8) >= 2 and len({tuple(ids) for ids in made}) == 8
+
+
+def test_a_relative_difference_is_of_the_parameter_itself() -> None:
+    large, small = torch.tensor([1.0, -2.0]), torch.tensor([1e-3])
+    theirs = {"large": large, "small": small}
+    assert relative({"large": large + 2e-3, "small": small}, theirs) == pytest.approx(1e-3, rel=1e-3)
+    assert relative({"large": large, "small": small * 1.5}, theirs) == pytest.approx(0.5)
+
+
+def test_the_command_prints_its_tables_and_fails_when_a_bound_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.parity import declared
+
+    monkeypatch.setattr(declared, "MEASURES", [declared.cispo_bound, declared.advantage_of_equal_rewards])
+    file = tmp_path / "table.md"
+    argv = ["--every", "300", "--output", str(file)]
+    assert compare_trl.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert file.read_text() == printed
+    assert "| **largest** | 2 |" in printed and "| CISPO's bound |" in printed
+
+    monkeypatch.setitem(BOUNDS, "weights", 1e-12)
+    assert compare_trl.main(argv) == 1
+    assert "over its bound: weights" in capsys.readouterr().err
+
+
+def test_without_trl_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_trl, "find_spec", lambda name: None)
+    assert compare_trl.main([]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "error: the comparison needs trl: pip install -c constraints.txt '.[trl]'"
+    )
+
+
+def test_every_declared_difference_is_one(folder: Path) -> None:
+    from benchmarks.parity.declared import MEASURES
+
+    for measure in MEASURES:
+        difference = measure(folder)
+        if "pieces" in difference.quantity or difference.quantity.startswith("the same"):
+            assert difference.ours < 1e-5 < 3e-4 < difference.theirs, difference
+        else:
+            assert abs(difference.theirs - difference.ours) > 1e-6, difference
