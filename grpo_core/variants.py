@@ -32,7 +32,7 @@ def sapo(ratio: Tensor, advantage_NT: Tensor, temperature_pos: float, temperatur
     >>> sapo(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0]]), 1.0, 1.05)
     tensor([[-1.0758, -2.0000, -2.9242]])
     """
-    tau_NT = torch.where(advantage_NT > 0, temperature_pos, temperature_neg).to(ratio.dtype)
+    tau_NT = torch.full_like(advantage_NT, temperature_neg).masked_fill(advantage_NT > 0, temperature_pos)
     return -torch.sigmoid(tau_NT * (ratio - 1)) * 4 / tau_NT * advantage_NT
 
 
@@ -58,8 +58,8 @@ def vespo(
     with torch.no_grad():
         log_w_N1 = (logp_NT - old_logp_NT).clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
         good_NT = advantage_NT >= 0
-        k_NT = torch.where(good_NT, positive[0], negative[0]).to(logp_NT.dtype)
-        lambda_NT = torch.where(good_NT, positive[1], negative[1]).to(logp_NT.dtype)
+        k_NT = torch.full_like(advantage_NT, negative[0]).masked_fill(good_NT, positive[0])
+        lambda_NT = torch.full_like(advantage_NT, negative[1]).masked_fill(good_NT, positive[1])
         phi_NT = (lambda_NT + k_NT * log_w_N1 - lambda_NT * log_w_N1.exp()).exp()
     return -phi_NT * advantage_NT * logp_NT
 
