@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+ENTROPY_ROUNDING = 1e-4  # nats
+
 
 def cispo(ratio: Tensor, logp_NT: Tensor, advantage_NT: Tensor, epsilon_high: float) -> Tensor:
     """-stopgrad(min(ratio, 1 + epsilon_high)) * A * log pi_theta (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
@@ -81,7 +83,9 @@ def high_entropy_tokens(entropy_NT: Tensor, mask_NT: Tensor, share: float) -> Te
     place = (1 - share) * (len(ordered) - 1)
     below = ordered[math.floor(place)]
     bound = below + (ordered[math.ceil(place)] - below) * (place - math.floor(place))
-    return mask_NT & (entropy_NT >= bound)
+    # The first tokens of a group are drawn from one distribution, so their entropies are equal but for rounding, which
+    # depends on the micro-batch; without the margin it would decide which of them are kept.
+    return mask_NT & (entropy_NT >= bound - ENTROPY_ROUNDING)
 
 
 def near_policy_rows(
