@@ -47,9 +47,10 @@ def vespo(
 ) -> Tensor:
     """-stopgrad(phi(W)) * A * log pi_theta with phi(W) = W^k * exp(lambda * (1 - W)) (VESPO, arXiv 2602.10693).
 
-    W is the ratio of the whole completion's probabilities, the product of its tokens' ratios; phi is 1 at W = 1 and
-    falls to 0 on both sides. (k, lambda) is `positive` for A >= 0 and `negative` otherwise. The bounds on log W are
-    TRL's (grpo_trainer.py 1.16.0, lines 2972-3018): +-20 a token, log 1e-8 to 20 a completion.
+    W is the ratio of the whole completion's probabilities, the product of its tokens' ratios; phi is 1 at W = 1, has
+    its peak at k / lambda and falls to 0 on both sides of that. (k, lambda) is `positive` for A >= 0 and `negative`
+    otherwise. The bounds on log W are TRL's (grpo_trainer.py 1.16.0, lines 2972-3018): +-20 a token, log 1e-8 to 20 a
+    completion.
 
     >>> old_NT, new_NT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -0.5]])
     >>> vespo(old_NT, old_NT, torch.tensor([[1.0]]))
