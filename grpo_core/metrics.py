@@ -45,7 +45,7 @@ class Tally:
         entropy_NT: Tensor,
     ) -> None:
         """Count one micro-batch. `ratio` is (N, T), or (N, 1) for whole completions: then each of those counts once."""
-        counted = mask_NT if ratio.shape == mask_NT.shape else torch.ones_like(ratio, dtype=torch.bool)
+        counted = mask_NT if ratio.shape == mask_NT.shape else mask_NT.any(dim=1, keepdim=True)
         advantage = advantage_NT if ratio.shape == mask_NT.shape else advantage_NT.sum(dim=1, keepdim=True)
         low, high = clipped_beyond(self.config)
         # clipped: the token loss is flat there, so these tokens no longer pull

@@ -72,7 +72,9 @@ def grpo_step(learner: Learner, examples: Sequence[Example], more: Draw | None =
     kept_NT = kept_tokens(policy, rows, config)
     advantage_BG = advantages(rollout.scores, rollout.reward_BG, config)
     advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)
-    weight_NT = token_weights(rows.mask_NT, config.objective.aggregation, config.max_completion_tokens)
+    weight_NT = token_weights(
+        rows.mask_NT.to(policy.logp_dtype), config.objective.aggregation, config.max_completion_tokens
+    )
     clock.lap("reward")
 
     if learner.reference:

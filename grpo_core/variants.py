@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+ENTROPY_ROUNDING = 1e-4  # nats
+
 
 def cispo(ratio: Tensor, logp_NT: Tensor, advantage_NT: Tensor, epsilon_high: float) -> Tensor:
     """-stopgrad(min(ratio, 1 + epsilon_high)) * A * log pi_theta (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
@@ -32,7 +34,7 @@ def sapo(ratio: Tensor, advantage_NT: Tensor, temperature_pos: float, temperatur
     >>> sapo(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0]]), 1.0, 1.05)
     tensor([[-1.0758, -2.0000, -2.9242]])
     """
-    tau_NT = torch.where(advantage_NT > 0, temperature_pos, temperature_neg).to(ratio.dtype)
+    tau_NT = torch.full_like(advantage_NT, temperature_neg).masked_fill(advantage_NT > 0, temperature_pos)
     return -torch.sigmoid(tau_NT * (ratio - 1)) * 4 / tau_NT * advantage_NT
 
 
@@ -45,9 +47,10 @@ def vespo(
 ) -> Tensor:
     """-stopgrad(phi(W)) * A * log pi_theta with phi(W) = W^k * exp(lambda * (1 - W)) (VESPO, arXiv 2602.10693).
 
-    W is the ratio of the whole completion's probabilities, the product of its tokens' ratios; phi is 1 at W = 1 and
-    falls to 0 on both sides. (k, lambda) is `positive` for A >= 0 and `negative` otherwise. The bounds on log W are
-    TRL's (grpo_trainer.py 1.16.0, lines 2972-3018): +-20 a token, log 1e-8 to 20 a completion.
+    W is the ratio of the whole completion's probabilities, the product of its tokens' ratios; phi is 1 at W = 1, has
+    its peak at k / lambda and falls to 0 on both sides of that. (k, lambda) is `positive` for A >= 0 and `negative`
+    otherwise. The bounds on log W are TRL's (grpo_trainer.py 1.16.0, lines 2972-3018): +-20 a token, log 1e-8 to 20 a
+    completion.
 
     >>> old_NT, new_NT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -0.5]])
     >>> vespo(old_NT, old_NT, torch.tensor([[1.0]]))
@@ -58,8 +61,8 @@ def vespo(
     with torch.no_grad():
         log_w_N1 = (logp_NT - old_logp_NT).clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
         good_NT = advantage_NT >= 0
-        k_NT = torch.where(good_NT, positive[0], negative[0]).to(logp_NT.dtype)
-        lambda_NT = torch.where(good_NT, positive[1], negative[1]).to(logp_NT.dtype)
+        k_NT = torch.full_like(advantage_NT, negative[0]).masked_fill(good_NT, positive[0])
+        lambda_NT = torch.full_like(advantage_NT, negative[1]).masked_fill(good_NT, positive[1])
         phi_NT = (lambda_NT + k_NT * log_w_N1 - lambda_NT * log_w_N1.exp()).exp()
     return -phi_NT * advantage_NT * logp_NT
 
@@ -81,7 +84,9 @@ def high_entropy_tokens(entropy_NT: Tensor, mask_NT: Tensor, share: float) -> Te
     place = (1 - share) * (len(ordered) - 1)
     below = ordered[math.floor(place)]
     bound = below + (ordered[math.ceil(place)] - below) * (place - math.floor(place))
-    return mask_NT & (entropy_NT >= bound)
+    # The first tokens of a group are drawn from one distribution, so their entropies are equal but for rounding, which
+    # depends on the micro-batch; without the margin it would decide which of them are kept.
+    return mask_NT & (entropy_NT >= bound - ENTROPY_ROUNDING)
 
 
 def near_policy_rows(

@@ -11,10 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
+from grpo_core.metrics import step_record
 from grpo_core.reference import Reference
-from grpo_core.step import Learner
+from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
@@ -39,6 +42,15 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
+class Float64RMSNorm(Qwen2RMSNorm):  # type: ignore[misc]
+    """The norm without transformers' cast to float32, which it does whatever the model's dtype: two ways to compute one
+    and the same float64 number would come out of it 1e-8 apart."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mean_square = hidden_states.square().mean(dim=-1, keepdim=True)
+        return self.weight * hidden_states * (mean_square + self.variance_epsilon).rsqrt()
+
+
 def tiny_model(family: Family = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
     """An untrained model in eval mode: rotary positions (qwen2) or learned, absolute ones (gpt2).
 
@@ -57,6 +69,9 @@ def tiny_model(family: Family = "qwen2", dtype: torch.dtype = torch.float32, see
             sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}
             no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             model = GPT2LMHeadModel(GPT2Config(**(shared | sizes | no_dropout | config)))
+    for module in model.modules():
+        if dtype == torch.float64 and isinstance(module, Qwen2RMSNorm):
+            module.__class__ = Float64RMSNorm
     return model.to(dtype).eval()
 
 
@@ -180,6 +195,50 @@ def caught(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = leng
     reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
     policy.model.train()
     return Learner(config, policy, reference, [Reward("reward", reward)], GradientCatcher(policy, lr))  # type: ignore
+
+
+def step(parts: Learner, seed: int = 0) -> StepReport:
+    """One step on `EXAMPLES`."""
+    torch.manual_seed(seed)
+    return grpo_step(parts, EXAMPLES)
+
+
+def with_samples(parts: Learner, samples: Samples) -> Learner:
+    """The same parts with a sampler that hands out these samples."""
+    return replace(parts, sampler=lambda *_: samples)
+
+
+def gradients(
+    policy: Policy,
+    config: GRPOConfig,
+    lr: float = 0.0,
+    reward: Callable[..., Any] = length_reward,
+    samples: Samples | None = None,
+) -> list[dict[str, Tensor]]:
+    """The gradient of every weight in each of a step's updates."""
+    parts = caught(policy, config, reward, lr)
+    step(with_samples(parts, samples) if samples else parts)
+    return parts.optimizer.gradients  # type: ignore[attr-defined]
+
+
+def measured(policy: Policy, config: GRPOConfig, samples: Samples, lr: float = 0.1) -> dict[str, Any]:
+    """The log line, without its times, of a step on these samples; it moves the weights between its updates."""
+    record = step_record(step(with_samples(caught(policy, config, lr=lr), samples)), config)
+    return {name: value for name, value in record.items() if not name.endswith("_s")}
+
+
+def completions(samples: Samples) -> list[tuple[list[int], list[int]]]:
+    """Each row's prompt and completion ids, cut out by its lengths."""
+    rows, P = samples.rows, samples.rows.prompt_width
+    lengths = zip(rows.ids_NL.tolist(), rows.prompt_len_N.tolist(), rows.completion_len_N.tolist(), strict=True)
+    return [(ids[P - before : P], ids[P : P + after]) for ids, before, after in lengths]
+
+
+def relative_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference, in units of the first's largest number."""
+    scale = max(float(gradient.abs().max()) for gradient in first.values())
+    assert scale > 0
+    return largest_difference(first, second) / scale
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
-"""What `grpo_core.step` claims: one step is Algorithm 1, however its batch is cut, padded or recomputed."""
+"""What `grpo_core.step` claims: what is sampled is what is scored and learned, each row with its own reward.
+
+That the loss and its gradient are right is in test_float64.py; that they do not depend on how a batch is cut, padded or
+recomputed is in test_invariances.py.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,11 +19,8 @@ import torch
 from torch import Tensor
 
 import grpo_core.train
-from eval.sampling import Samples
-from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
 from grpo_core.rollout import sample_groups
-from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
 from sft_core.policy import Policy, without_dropout
 from sft_core.prompts import encode_prompt, prompt_messages
@@ -31,247 +31,24 @@ from tests.helpers import (
     Family,
     adapted,
     caught,
-    checkpoint_activations,
+    completions,
     ends_often,
     forward_calls,
+    gradients,
     grpo_config,
     largest_difference,
     learner,
-    length_reward,
+    step,
     tiny_policy,
     weights,
-    widened,
+    with_samples,
 )
+from tests.naive import NaiveStep
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
 families = pytest.mark.parametrize("family", FAMILIES)
 aggregations = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
-
-
-def step(parts: Learner, seed: int = 0) -> StepReport:
-    torch.manual_seed(seed)
-    return grpo_step(parts, EXAMPLES)
-
-
-def gradients(
-    policy: Policy, config: GRPOConfig, lr: float = 0.0, reward: Any = length_reward
-) -> list[dict[str, Tensor]]:
-    """The gradient of every weight in each of the step's updates."""
-    parts = caught(policy, config, reward, lr)
-    step(parts)
-    return parts.optimizer.gradients  # type: ignore[attr-defined]
-
-
-def relative_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    scale = max(float(gradient.abs().max()) for gradient in first.values())
-    assert scale > 0
-    return largest_difference(first, second) / scale
-
-
-# --- the whole chain, against a second implementation ---
-
-
-@pytest.fixture
-def in_float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("in_float64")
-@aggregations
-@pytest.mark.parametrize("family, tolerance", [("gpt2", 1e-10), ("qwen2", 1e-6)])  # Qwen2's norms are float32 always
-def test_a_step_is_algorithm_1_by_the_definition(aggregation: Any, family: Family, tolerance: float) -> None:
-    """Rows one at a time without padding, tokens one at a time, statistics by the standard library."""
-    sizes = {"group_size": 4, "micro_batch": 3, "mu": 2, "beta": 0.1, "epsilon_low": 0.03, "epsilon_high": 0.06}
-    config = grpo_config(**sizes, aggregation=aggregation, temperature=0.8)
-    policy = ends_often(tiny_policy(family, torch.float64))
-    model = copy.deepcopy(policy.model)
-    parts = caught(policy, config, lr=0.02)
-    report = step(parts)
-    catcher: Any = parts.optimizer
-
-    rewards = length_reward([], report.rollout.samples.texts)
-    for group in range(2):
-        of_group = rewards[4 * group : 4 * group + 4]
-        expected = [(r - fmean(of_group)) / (stdev(of_group) + 1e-4) for r in of_group]
-        assert report.advantage_BG[group].tolist() == pytest.approx(expected, rel=1e-5)
-
-    naive = NaiveStep(model, config, completions(report.rollout.samples), report.advantage_BG.flatten().tolist())
-    for update in range(2):
-        loss, gradient = naive.loss_and_gradient()
-        assert catcher.losses[update] == pytest.approx(loss, abs=tolerance)
-        assert largest_difference(catcher.gradients[update], gradient) < tolerance
-        naive.move(gradient, lr=0.02)
-
-    # The second update really was off-policy, on both sides of the bounds, and away from the reference.
-    assert naive.clipped_low and naive.clipped_high and naive.kl > 1e-3
-    means, tokens = report.tally.means(), 2 * naive.tokens
-    assert means["clip_ratio_low"] == pytest.approx(naive.clipped_low / tokens)
-    assert means["clip_ratio_high"] == pytest.approx(naive.clipped_high / tokens)
-    assert means["kl"] == pytest.approx(naive.kl / tokens, rel=1e-5)
-    assert means["entropy"] == pytest.approx(naive.entropy / tokens, rel=1e-5)
-    assert means["grpo_loss"] == pytest.approx(fmean(catcher.losses), rel=1e-5, abs=1e-6)
-
-
-def completions(samples: Samples) -> list[tuple[list[int], list[int]]]:
-    """Each row's prompt and completion ids."""
-    rows, P = samples.rows, samples.rows.prompt_width
-    lengths = zip(rows.ids_NL.tolist(), rows.prompt_len_N.tolist(), rows.completion_len_N.tolist(), strict=True)
-    return [(ids[P - before : P], ids[P : P + after]) for ids, before, after in lengths]
-
-
-class NaiveStep:
-    """DeepSeekMath's equation 3 in loops, with nothing of this project in it."""
-
-    def __init__(
-        self, model: Any, config: GRPOConfig, rows: list[tuple[list[int], list[int]]], advantages: list[float]
-    ) -> None:
-        self.model, self.config, self.rows, self.advantages = model, config, rows, advantages
-        self.tokens = sum(len(completion) for _, completion in rows)
-        self.old = self.reference = self.logps()
-        self.clipped_low = self.clipped_high = 0  # and the sums of all calls:
-        self.kl = self.entropy = 0.0
-
-    def distributions(self, prompt: list[int], completion: list[int]) -> list[Tensor]:
-        """log pi(. | everything before it) for each token of one completion."""
-        logits = self.model(torch.tensor([prompt + completion])).logits[0] / self.config.temperature
-        return [logits[len(prompt) + t - 1].log_softmax(dim=0) for t in range(len(completion))]
-
-    @torch.no_grad()
-    def logps(self) -> list[list[Tensor]]:
-        """Each row's tokens as the model scores them now."""
-        return [
-            [logp_V[token] for logp_V, token in zip(self.distributions(prompt, completion), completion, strict=True)]
-            for prompt, completion in self.rows
-        ]
-
-    def loss_and_gradient(self) -> tuple[float, dict[str, Tensor]]:
-        config, total = self.config, torch.zeros(())
-        for i, (prompt, completion) in enumerate(self.rows):
-            weight = {
-                "token_mean": 1 / self.tokens,
-                "sequence_mean": 1 / len(self.rows) / len(completion),
-                "constant_length": 1 / len(self.rows) / config.max_completion_tokens,
-            }[config.aggregation]
-            A = self.advantages[i]
-            for t, logp_V in enumerate(self.distributions(prompt, completion)):
-                new, old, ref = logp_V[completion[t]], self.old[i][t], self.reference[i][t]
-                ratio = (new - old).exp()
-                bounded = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-                surrogate = ratio * A if (ratio * A).item() < (bounded * A).item() else bounded * A
-                kl = (ref - new).exp() - (ref - new) - 1
-                total = total + weight * (config.beta * kl - surrogate)
-                self.clipped_low += A < 0 and ratio.item() < 1 - config.epsilon_low
-                self.clipped_high += A > 0 and ratio.item() > 1 + config.epsilon_high
-                self.kl += kl.item()
-                self.entropy -= (logp_V.exp() * logp_V).sum().item()
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        found = torch.autograd.grad(total, parameters)
-        return total.item(), dict(zip(names, found, strict=True))
-
-    @torch.no_grad()
-    def move(self, gradient: dict[str, Tensor], lr: float) -> None:
-        for name, p in self.model.named_parameters():
-            p -= lr * gradient[name]
-
-
-# --- cutting, padding, recomputing ---
-
-
-@families
-@aggregations
-def test_microbatching_leaves_the_gradient_unchanged(family: Family, aggregation: Any) -> None:
-    config = grpo_config(aggregation=aggregation, beta=0.1, mu=2, group_size=4)
-
-    def cut(micro_batch: int) -> list[dict[str, Tensor]]:
-        policy = ends_often(tiny_policy(family, torch.float64))
-        return gradients(policy, replace(config, micro_batch=micro_batch), lr=0.1)
-
-    whole = cut(8)
-    for micro_batch in (1, 3, 100):
-        for update, gradient in enumerate(cut(micro_batch)):
-            assert relative_difference(whole[update], gradient) < (1e-12 if family == "gpt2" else 1e-6)
-
-
-@aggregations
-def test_microbatching_leaves_the_float32_gradient_unchanged_up_to_rounding(aggregation: Any) -> None:
-    config = grpo_config(aggregation=aggregation, beta=0.1, group_size=4)
-    whole, cut = (gradients(ends_often(tiny_policy()), replace(config, micro_batch=size))[0] for size in (8, 3))
-    assert relative_difference(whole, cut) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "lora"])
-def test_gradient_checkpointing_leaves_the_gradient_unchanged_and_the_cache_on(kind: str) -> None:
-    def policy() -> Policy:
-        return ends_often(tiny_policy("gpt2" if kind == "gpt2" else "qwen2", torch.float64))
-
-    def lora(policy: Policy) -> Policy:
-        return adapted(policy) if kind == "lora" else policy
-
-    config = grpo_config(micro_batch=4)
-    plain = gradients(lora(policy()), config)[0]
-
-    checkpointed = policy()
-    checkpoint_activations(checkpointed)  # before the adapter, as in `load_policy`
-    base = checkpointed.model
-    checkpointed = lora(checkpointed)
-    layer_calls: list[bool] = []
-    layer = (base.transformer.h if kind == "gpt2" else base.model.layers)[0]
-    (layer.attn if kind == "gpt2" else layer.self_attn).register_forward_pre_hook(
-        lambda module, _: layer_calls.append(module.training)
-    )
-    with forward_calls(base) as calls:
-        recomputed = gradients(checkpointed, config)[0]
-    assert relative_difference(plain, recomputed) < 1e-12
-    sampled = [call["input_ids"].shape[1] for call in calls if call["use_cache"] is not False]
-    assert len(sampled) > 2 and set(sampled[1:]) == {1}
-    assert layer_calls.count(True) == 2 * 2  # two micro-batches, each computed twice: checkpointing was on
-
-
-def with_samples(parts: Learner, samples: Samples) -> Learner:
-    """The same parts with a sampler that hands out these samples."""
-    return replace(parts, sampler=lambda *_: samples)
-
-
-def measured(policy: Policy, config: GRPOConfig, samples: Samples) -> dict[str, Any]:
-    """The log line, without its times, of a step on these samples; it moves the weights between its two updates."""
-    report = step(with_samples(caught(policy, config, lr=0.1), samples))
-    record = step_record(report, config)
-    return {name: value for name, value in record.items() if not name.endswith("_s")}
-
-
-@families
-def test_padding_changes_no_metric(family: Family) -> None:
-    config = grpo_config(beta=0.1, mu=2, group_size=4, epsilon_low=0.05, epsilon_high=0.05)
-    samples = sample_groups(ends_often(tiny_policy(family)), EXAMPLES, config)
-    lengths = samples.rows.completion_len_N
-    assert lengths.min() < lengths.max()
-
-    expected = measured(ends_often(tiny_policy(family)), config, samples)
-    assert expected["kl"] > 0 and expected["clip_ratio_low"] > 0 and expected["clip_ratio_high"] > 0
-    without_any_padding = measured(ends_often(tiny_policy(family)), replace(config, micro_batch=1), samples)
-    # More padding on both sides, and another token in all of it.
-    logp_NT = torch.nn.functional.pad(samples.logp_NT, (0, 5))
-    wide = replace(samples, rows=widened(samples.rows, 3, 5, filler=77), logp_NT=logp_NT)
-    padded = measured(ends_often(tiny_policy(family)), config, wide)
-    for found in (without_any_padding, padded):
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
-            # sampler_gap is itself rounding: a few millionths
-            assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
-
-
-def test_entropy_is_the_mean_over_the_completions_own_tokens() -> None:
-    policy = ends_often(tiny_policy())
-    report = step(caught(policy, grpo_config(micro_batch=2)))
-    total = 0.0
-    for prompt, completion in completions(report.rollout.samples):
-        logp = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
-        total -= float((logp.exp() * logp).sum().detach())
-    tokens = sum(len(completion) for _, completion in completions(report.rollout.samples))
-    assert report.tally.means()["entropy"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 # --- sampling ---
@@ -410,7 +187,7 @@ def test_a_rewarded_completion_gains_on_its_group(row: int) -> None:
     parts = caught(policy, config, reward, lr=1e-3)
     report = step(parts)
     before, after = (
-        NaiveStep(model, config, completions(report.rollout.samples), []).old
+        NaiveStep(model, config, completions(report.rollout.samples), [0.0] * 6).old
         for model in (tiny_policy(dtype=torch.float64).model, policy.model)
     )
     gains = [float(sum(new) - sum(old)) for old, new in zip(before, after, strict=True)]
