@@ -108,6 +108,9 @@ def _metric_differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, flo
     names = dict(SAME_METRICS)
     if case.accumulation == 1:
         names |= SAME_TOKEN_METRICS | ({"clip_ratio_high": "cispo_clip_ratio"} if case.loss == "cispo" else {})
+    if case.mask_truncated and case.fields.get("ratio_level", LOSSES[case.loss].ratio_level) == "sequence":
+        for name in ("clip_ratio_low", "clip_ratio_high"):
+            names.pop(name, None)  # TRL counts the masked completions: a declared difference
     if case.fields.get("scale_rewards") == "batch" or "reward_aggregation" in case.fields:
         del names["zero_variance_share"]  # TRL then looks at the batch's spread
     found: dict[str, float] = {}

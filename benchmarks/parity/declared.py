@@ -167,6 +167,18 @@ def entropy_metric_in_pieces(folder: Path) -> Declared:
     )
 
 
+def clip_ratio_of_masked_sequences(folder: Path) -> Declared:
+    case = Case("gspo", mu=2, mask_truncated=True)
+    their_trace, our_trace = _both(case, folder)
+    return Declared(
+        "GSPO's clip ratio with masked completions",
+        "logged share of clipped completions, a quarter of them masked",
+        their_trace.metrics[0]["clip_ratio/low_mean"] + their_trace.metrics[0]["clip_ratio/high_mean"],
+        our_trace.metrics[0]["clip_ratio_low"] + our_trace.metrics[0]["clip_ratio_high"],
+        "G:3261 counts masked completions as unclipped ones; here they are not counted",
+    )
+
+
 def advantage_of_equal_rewards(folder: Path) -> Declared:
     case = Case(group_size=12)
     their_trace, our_trace = _both(case, folder, reward_functions=equal_rewards(0.01))
@@ -251,6 +263,7 @@ MEASURES: list[Callable[[Path], Declared]] = [
     top_entropy_in_pieces,
     entropy_bonus_in_pieces,
     entropy_metric_in_pieces,
+    clip_ratio_of_masked_sequences,
     advantage_of_equal_rewards,
     absolute_positions,
     dropout_in_the_ratio,
