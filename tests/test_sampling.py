@@ -81,12 +81,20 @@ def test_a_completion_of_nothing_but_its_stop_token_has_length_one() -> None:
 def test_the_sampler_records_the_logprob_that_the_learner_computes(family: Family, temperature: float) -> None:
     policy = ends_often(tiny_policy(family))
     samples = seeded(policy, replace(EIGHT, temperature=temperature))
+    rows = samples.rows
+    # Both kinds of padding are there to go wrong: left of the prompts, right of the completions.
+    assert (rows.prompt_len_N < rows.prompt_width).any() and rows.prompt_len_N.min() == 1 and rows.prompt_width == 7
+    assert not rows.mask_NT.all() and rows.completion_len_N.max() > 1
     learned_NT = token_logprobs(policy, samples.rows, temperature)[0]
     assert samples.logp_NT.shape == learned_NT.shape and samples.logp_NT.dtype == torch.float32
     torch.testing.assert_close(samples.logp_NT, learned_NT, rtol=0, atol=1e-5)
     assert (samples.logp_NT[~samples.rows.mask_NT] == 0).all()
-    # At another temperature they differ, so the comparison can fail.
+    # At another temperature they differ, and so they do where the learner takes the left padding for tokens: the
+    # comparison can fail.
     assert (samples.logp_NT - token_logprobs(policy, samples.rows, temperature + 0.1)[0]).abs().max() > 0.05
+    unmasked = replace(rows, prompt_len_N=torch.full_like(rows.prompt_len_N, rows.prompt_width))
+    padded_N = rows.prompt_len_N < rows.prompt_width
+    assert (samples.logp_NT - token_logprobs(policy, unmasked, temperature)[0])[padded_N].abs().max() > 0.05
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])

@@ -24,6 +24,7 @@ from grpo_core.rollout import sample_groups
 from rewards import Reward
 from sft_core.policy import Policy, without_dropout
 from sft_core.prompts import encode_prompt, prompt_messages
+from sft_core.tasks import load_task
 from tests.helpers import (
     EXAMPLES,
     FAMILIES,
@@ -48,7 +49,9 @@ from tests.naive import NaiveStep
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
 families = pytest.mark.parametrize("family", FAMILIES)
-aggregations = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
+aggregations = pytest.mark.parametrize(
+    "aggregation", ["token_mean", "sequence_mean", "constant_length", "sequence_sum"]
+)
 
 
 # --- sampling ---
@@ -324,3 +327,26 @@ def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pyte
 def test_the_schedule_spans_the_run_however_many_updates_a_step_takes(mu: int, tmp_path: Path) -> None:
     lines = train_lines(tmp_path, mu=mu, max_steps=4, lr=1e-3, lr_schedule="linear", eval_problems=0)
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize(("attempts", "replaced"), [(0, 0), (2, 4)])
+def test_a_run_draws_further_prompts_where_dynamic_sampling_asks_for_them(
+    attempts: int, replaced: int, tmp_path: Path
+) -> None:
+    """An untrained model is never right: both groups of a step are equal, and so are all that replace them."""
+    lines = train_lines(tmp_path, dynamic_sampling=attempts, max_steps=2)
+    assert [line["replaced_groups"] for line in lines] == [replaced] * 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    questions = list(dict.fromkeys(record["question"] for record in records))
+    task = load_task(grpo_config(task="arithmetic", difficulty=1, eval_problems=2), seed=42)
+    walk = [example.question for example in task.draw(0, 4 + 2 * replaced, 42)]
+    # Each step's last two draws are what it learns.
+    assert questions == [*walk[replaced : replaced + 2], *walk[2 * replaced + 2 : 2 * replaced + 4]]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_runs_reference_follows_where_asked(every: int, tmp_path: Path) -> None:
+    moving = {"lr": 1e-2, "entropy_coef": 1.0, "max_steps": 3}  # an untrained model earns nothing
+    lines = train_lines(tmp_path, beta=0.1, ref_sync_every=every, ref_sync_mix=1.0, **moving)
+    assert lines[0]["kl"] == 0
+    assert all((line["kl"] == 0) == (every == 1) for line in lines[1:])
