@@ -35,9 +35,8 @@ def unscaled() -> Table:
         truth = true_gradient(here, policy, reward_R)
         for G in sizes:
             for aggregation, scale in (("sequence_sum", 1), ("constant_length", here.budget)):
-                direction = Estimator(here, settings(here.budget, G, aggregation=aggregation), reward_R).direction(
-                    policy
-                )
+                config = settings(here.budget, G, aggregation=aggregation)
+                direction = Estimator(here, config, reward_R).direction(policy)
                 what = f"{name}, G = {G}, {aggregation}"
                 lines.append(compared(what, "expected reward", direction, truth, (G - 1) / G / scale))
     says = (
