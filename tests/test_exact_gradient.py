@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import benchmarks
-from benchmarks import exact_enumeration
-from benchmarks.exact_enumeration import (
+from benchmarks.exact import enumeration
+from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
@@ -35,10 +35,10 @@ from benchmarks.exact_enumeration import (
     true_gradient,
     world,
 )
+from benchmarks.exact.kl import FREE, OFF_POLICY, WHOLE_RATIO, kl_as_reward, kl_gradients, kl_term, sampled_kl
+from benchmarks.exact.rewards import SHARES, guesses, two_prompts
+from benchmarks.exact.table import AGGREGATIONS, WORD, language
 from benchmarks.exact_gradient import report
-from benchmarks.exact_kl import FREE, OFF_POLICY, WHOLE_RATIO, kl_as_reward, kl_gradients, kl_term, sampled_kl
-from benchmarks.exact_rewards import SHARES, guesses, two_prompts
-from benchmarks.exact_table import AGGREGATIONS, WORD, language
 from grpo_core.advantages import EPSILON
 from grpo_core.objective import LOSSES, Aggregation, k3_kl
 from grpo_core.reference import Reference
@@ -69,7 +69,7 @@ def test_groups_up_to_order_stand_for_every_ordered_group(monkeypatch: pytest.Mo
     here, policy = world(4, 2), table_policy(4, 2)
     estimator = Estimator(here, settings(2, 3, loss="dapo", scale_rewards="group"), arbitrary_rewards(len(here.rows)))
     unordered = estimator.direction(policy)
-    monkeypatch.setattr(exact_enumeration, "multisets", ordered)
+    monkeypatch.setattr(enumeration, "multisets", ordered)
     assert relative_error(estimator.direction(policy), unordered) < EXACT
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact_enumeration import (
+from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
@@ -21,7 +21,7 @@ from benchmarks.exact_enumeration import (
     true_gradient,
     world,
 )
-from benchmarks.exact_table import AGGREGATIONS, COMPARED, Cell, Table, compared, language
+from benchmarks.exact.table import AGGREGATIONS, COMPARED, Cell, Table, compared, language
 from grpo_core.objective import LOSSES, k3_kl
 from sft_core.policy import Policy
 
