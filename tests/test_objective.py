@@ -52,6 +52,21 @@ def test_the_ratio_is_that_of_the_probabilities() -> None:
     )
 
 
+def test_the_sequences_ratio_is_the_geometric_mean_over_its_own_tokens() -> None:
+    new, old = torch.tensor([[0.8, 0.2, 1.0], [0.3, 1.0, 1.0]]), torch.tensor([[0.1, 0.4, 1.0], [0.1, 1.0, 1.0]])
+    mask_NT = torch.tensor([[True, True, False], [True, False, False]])
+    found = importance_ratio(new.log(), old.log(), mask_NT, "sequence")
+    torch.testing.assert_close(found, torch.tensor([[(8 * 0.5) ** 0.5], [3.0]]))
+
+
+def test_a_completion_without_tokens_has_sequence_ratio_one() -> None:
+    nothing_NT = torch.zeros(2, 3, requires_grad=True)
+    ratio_N1 = importance_ratio(nothing_NT, torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), "sequence")
+    assert ratio_N1.tolist() == [[1.0], [1.0]]
+    ratio_N1.sum().backward()
+    assert nothing_NT.grad is not None and nothing_NT.grad.isfinite().all()
+
+
 def test_padding_cannot_make_the_loss_or_its_gradient_nan() -> None:
     """Both log-probabilities are 0 on padding, so nothing overflows there, however far the own tokens have moved."""
     logp_NT = torch.where(MASK_NT, -50.0, 0.0).requires_grad_()
