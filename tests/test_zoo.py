@@ -44,7 +44,7 @@ def test_every_test_named_for_a_bug_exists(bug: Mutation) -> None:
     assert bug.tests
     for test in bug.tests:
         file, _, name = test.partition("::")
-        if file in AWAITED:
+        if file in AWAITED and not (ROOT / file).is_file():
             continue
         source = (ROOT / file).read_text(encoding="utf-8")
         function = name.rpartition(".")[2] if file.partition("/")[0] != "tests" else name  # a doctest: package.module.f

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,10 @@ def copy_tree(target: Path) -> None:
             shutil.copy(path, target)
 
 
+class DoesNotFit(ValueError):
+    """A bug's patch is for another version of the source."""
+
+
 @contextmanager
 def planted(bug: Mutation | None, tree: Path) -> Iterator[None]:
     """The bug is in the tree while the block runs."""
@@ -97,7 +101,7 @@ def planted(bug: Mutation | None, tree: Path) -> Iterator[None]:
     file = tree / bug.file
     source = file.read_text(encoding="utf-8")
     if source.count(bug.old) != 1:
-        raise ValueError(f"{bug.file}: the text that {bug.name!r} replaces occurs {source.count(bug.old)} times")
+        raise DoesNotFit(f"{bug.file}: the text that {bug.name!r} replaces occurs {source.count(bug.old)} times")
     file.write_text(source.replace(bug.old, bug.new), encoding="utf-8")
     try:
         yield
@@ -147,21 +151,28 @@ class Worker:
     def run(self, job: Job) -> Iterator[Result | None]:
         """None until the job has ended, then its result."""
         start = time.perf_counter()
-        with planted(job.bug, self.tree):
-            pid = run_pytest(self.tree, job.tests, self.output)
-            code: int | None = None
-            ended = 0
-            try:
-                while not ended and time.perf_counter() - start < job.limit:
-                    ended, status = os.waitpid(pid, os.WNOHANG)
-                    code = os.waitstatus_to_exitcode(status) if ended else None
-                    if not ended:
-                        yield None
-            finally:
-                if not ended:
-                    os.killpg(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-        yield Result(code, time.perf_counter() - start, self.output.read_text(encoding="utf-8", errors="replace"))
+        try:
+            with planted(job.bug, self.tree):
+                code = yield from self._pytest(job.tests, start + job.limit)
+            output = self.output.read_text(encoding="utf-8", errors="replace")
+        except DoesNotFit as error:
+            code, output = 70, str(error)
+        yield Result(code, time.perf_counter() - start, output)
+
+    def _pytest(self, tests: Sequence[str], deadline: float) -> Generator[None, None, int | None]:
+        """Return pytest's exit code, or None where it had not ended by the deadline."""
+        pid, ended = run_pytest(self.tree, tests, self.output), 0
+        try:
+            while time.perf_counter() < deadline:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    return os.waitstatus_to_exitcode(status)
+                yield None
+            return None
+        finally:
+            if not ended:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 def run_all(queue: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
@@ -171,22 +182,24 @@ def run_all(queue: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         idle = [Worker(Path(folder).resolve() / str(i)) for i in range(workers)]
         running: list[tuple[int, Worker, Iterator[Result | None]]] = []
-        while told < len(queue):
-            while waiting and idle:
-                place, job = waiting.pop(0)
-                worker = idle.pop()
-                running.append((place, worker, worker.run(job)))
-            for entry in list(running):
-                place, worker, steps = entry
-                if result := next(steps):
-                    done[place] = result
-                    next(steps, None)
-                    running.remove(entry)
-                    idle.append(worker)
-            while told in done:
-                yield queue[told], done.pop(told)
-                told += 1
-            time.sleep(0.02)
+        try:
+            while told < len(queue):
+                while waiting and idle:
+                    place, job = waiting.pop(0)
+                    worker = idle.pop()
+                    running.append((place, worker, worker.run(job)))
+                for entry in list(running):
+                    place, worker, steps = entry
+                    if result := next(steps):
+                        done[place] = result
+                        running.remove(entry)
+                        idle.append(worker)
+                while told in done:
+                    yield queue[told], done.pop(told)
+                    told += 1
+                time.sleep(0.02)
+        finally:
+            running.clear()  # closes what has not ended, before its folder goes
 
 
 def settle_in(bugs: int) -> None:

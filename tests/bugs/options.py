@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.bugs.mutation import Mutation
 
 OBJECTIVE, STEP, REFERENCE = "tests/test_objective.py::", "tests/test_step.py::", "tests/test_reference.py"
-VARIANTS, LOSSES, ROLLOUT = "tests/test_variants.py", "tests/test_losses.py", "tests/test_rollout.py"
+VARIANTS, LOSSES, ROLLOUT = "tests/test_variants.py::", "tests/test_losses.py::", "tests/test_rollout.py::"
 
 BUGS = [
     Mutation(
@@ -54,7 +54,7 @@ BUGS = [
         "-ratio.clamp(max=1 + epsilon_high) * advantage_NT * logp_NT",
         "The weight is meant to be a constant. With its own gradient, which is times log pi < 0, good tokens are made "
         "rarer as soon as log pi is below -1.",
-        (VARIANTS,),
+        (f"{VARIANTS}test_every_cispo_token_pulls_by_its_weight_through_its_log_probability_alone",),
     ),
     Mutation(
         27,
@@ -73,7 +73,7 @@ BUGS = [
         "sapo(ratio, advantage_NT, config.sapo_temperature_neg, config.sapo_temperature_pos)",
         "The gate that should close sooner, on tokens to be made rarer, closes later. With 1 and 1.05 no curve shows "
         "it.",
-        (LOSSES,),
+        (f"{LOSSES}test_sapo_gets_each_signs_temperature",),
     ),
     Mutation(
         27,
@@ -100,7 +100,7 @@ BUGS = [
         "    with torch.no_grad():\n        log_w_N1",
         "    with torch.enable_grad():\n        log_w_N1",
         "phi is a constant in the paper; its gradient bends the direction of every update after the first.",
-        (VARIANTS,),
+        (f"{VARIANTS}test_vespo_weighs_by_a_gamma_density_of_the_whole_completions_ratio",),
     ),
     Mutation(
         27,
@@ -109,7 +109,7 @@ BUGS = [
         "vespo(logp_NT, old_logp_NT, advantage_NT, positive, negative)",
         "vespo(logp_NT, old_logp_NT, advantage_NT, negative, positive)",
         "Good and bad completions are damped by each other's curve; both are 1 at W = 1, so the first update is right.",
-        (LOSSES,),
+        (f"{LOSSES}test_vespo_gets_each_signs_powers",),
     ),
     Mutation(
         28,
@@ -146,7 +146,7 @@ BUGS = [
         """"luspo": Loss("sequence", "clip", "sequence_sum"),""",
         """"luspo": Loss("sequence", "clip", "sequence_mean"),""",
         "Which is GSPO again, under another name.",
-        (LOSSES, "tests/test_config.py"),
+        (f"{LOSSES}test_a_name_stands_for_its_three_choices",),
     ),
     Mutation(
         29,
@@ -165,7 +165,7 @@ BUGS = [
         "return kl_NT * ratio if config.kl_correction else kl_NT",
         "return kl_NT * ratio.detach() if config.kl_correction else kl_NT",
         "On-policy the ratio is 1, so its gradient is all that the correction adds: nothing is left of it.",
-        (LOSSES,),
+        (f"{LOSSES}test_the_kl_is_k3_and_its_correction_the_ratio_with_its_gradient",),
     ),
     Mutation(
         29,
@@ -203,7 +203,7 @@ BUGS = [
         "rollout.reward_BG,",
         "The replaced group's rewards were equal, so its advantages are 0: the new samples are paid for and teach "
         "nothing.",
-        (ROLLOUT,),
+        (f"{ROLLOUT}test_every_row_of_the_joined_batch_keeps_its_own_tokens_logprobs_and_rewards",),
     ),
     Mutation(
         30,
@@ -212,16 +212,16 @@ BUGS = [
         "[examples[group] for group in source_B.tolist()],",
         "list(rollout.examples),",
         "The records name a question that was not asked, and accuracy is measured against its gold.",
-        (ROLLOUT,),
+        (f"{ROLLOUT}test_groups_of_equal_rewards_are_replaced_in_their_place_by_those_of_further_prompts",),
     ),
     Mutation(
         30,
-        "the new group's scores are appended",
+        "the new group keeps the old scores",
         "grpo_core/rollout.py",
         "rollout.scores.followed_by(fresh.scores).reordered(rows),",
         "rollout.scores,",
         "Each reward function's log, and GDPO's advantages, are those of the group that was thrown away.",
-        (ROLLOUT,),
+        (f"{ROLLOUT}test_every_row_of_the_joined_batch_keeps_its_own_tokens_logprobs_and_rewards",),
     ),
     Mutation(
         30,
@@ -230,7 +230,7 @@ BUGS = [
         "        equal_B = zero_spread(rollout.reward_BG)\n        if not equal_B.any():\n",
         "        equal_B = ~zero_spread(rollout.reward_BG)\n        if not equal_B.any():\n",
         "Good groups are thrown away until none is left.",
-        (ROLLOUT,),
+        (f"{ROLLOUT}test_groups_of_equal_rewards_are_replaced_in_their_place_by_those_of_further_prompts",),
     ),
     Mutation(
         31,
@@ -239,7 +239,7 @@ BUGS = [
         "samples.rows.without_completions(samples.truncated_N)",
         "samples.rows.without_completions(~samples.truncated_N)",
         "The model learns from nothing but the completions that it could not finish.",
-        (LOSSES,),
+        (f"{LOSSES}test_truncated_rows_lose_their_completion_only_where_asked",),
     ),
     Mutation(
         31,
@@ -314,7 +314,7 @@ BUGS = [
         ".view(K, B, G) * weight_K[:, None, None]",
         ".view(K, B, G)",
         "--reward_weights is taken and ignored.",
-        ("tests/test_advantages.py", LOSSES),
+        (f"{LOSSES}test_decoupled_advantages_are_normalised_twice",),
     ),
     Mutation(
         32,
