@@ -148,7 +148,7 @@ class Worker:
         folder.mkdir()
         copy_tree(self.tree)
 
-    def run(self, job: Job) -> Iterator[Result | None]:
+    def run(self, job: Job) -> Generator[Result | None, None, None]:
         """None until the job has ended, then its result."""
         start = time.perf_counter()
         try:
@@ -181,7 +181,7 @@ def run_all(queue: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
     waiting, told = list(enumerate(queue)), 0
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         idle = [Worker(Path(folder).resolve() / str(i)) for i in range(workers)]
-        running: list[tuple[int, Worker, Iterator[Result | None]]] = []
+        running: list[tuple[int, Worker, Generator[Result | None, None, None]]] = []
         try:
             while told < len(queue):
                 while waiting and idle:
@@ -199,7 +199,8 @@ def run_all(queue: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result]]:
                     told += 1
                 time.sleep(0.02)
         finally:
-            running.clear()  # closes what has not ended, before its folder goes
+            for *_, steps in running:
+                steps.close()  # ends its processes, before their folder goes
 
 
 def settle_in(bugs: int) -> None:
