@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -71,7 +72,7 @@ def _exercise(label: str, bug: Mutation) -> str:
             "",
             "<details><summary>What goes wrong, and which test notices?</summary>",
             "",
-            bug.why,
+            textwrap.fill(bug.why, 120, break_on_hyphens=False, break_long_words=False),
             "",
             f"Noticed by {noticed}.",
             "",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.objective import Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
+from grpo_core.objective import LOSSES, Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
 MASK_NT = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -43,6 +43,13 @@ def test_a_wider_matrix_changes_no_weight(aggregation: Aggregation) -> None:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_weights_without_any_token_are_zero_and_not_nan(aggregation: Aggregation) -> None:
     assert (token_weights(torch.zeros(2, 3, dtype=torch.bool), aggregation, 8) == 0).all()
+
+
+def test_luspo_is_gspo_with_every_completion_weighted_by_its_length() -> None:
+    luspo, gspo = LOSSES["luspo"], LOSSES["gspo"]
+    assert (luspo.ratio_level, luspo.token_loss) == (gspo.ratio_level, gspo.token_loss) == ("sequence", "clip")
+    weighted_NT = token_weights(MASK_NT, gspo.aggregation, 8) * MASK_NT.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(token_weights(MASK_NT, luspo.aggregation, 8), weighted_NT)
 
 
 def test_the_ratio_is_that_of_the_probabilities() -> None:

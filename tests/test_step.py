@@ -377,6 +377,16 @@ def test_a_micro_batch_in_which_nothing_is_left_to_learn_does_no_harm() -> None:
     assert all(math.isfinite(value) for value in report.tally.means().values())
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+def test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(micro_batch: int) -> None:
+    parts = caught(ends_often(tiny_policy()), grpo_config(scale_rewards="none", micro_batch=micro_batch))
+    report = step(parts)
+    length_N = report.rollout.samples.rows.completion_len_N
+    # In the first update each token contributes -A.
+    expected = -(report.advantage_BG.flatten() * length_N).sum() / length_N.sum()
+    assert parts.optimizer.losses == pytest.approx([float(expected)], abs=1e-6)  # type: ignore[attr-defined]
+
+
 def test_completions_that_were_cut_off_count_in_no_mean_over_tokens() -> None:
     parts = caught(ends_often(tiny_policy()), grpo_config(mask_truncated=True, scale_rewards="none", micro_batch=4))
     report = step(parts)

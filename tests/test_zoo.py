@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.bugs import AWAITED, MUTATIONS, NOT_BUILT, PITFALLS, Mutation
+from tests.bugs import MUTATIONS, NOT_BUILT, PITFALLS, Mutation
 from tests.sheet import exercise_sheet, labels
-from tests.zoo import Job, Result, exit_code, planted
+from tests.zoo import Job, Result, exit_code, is_awaited, is_here, planted
 
 ROOT = Path(__file__).parent.parent
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the zoo forks")
@@ -42,13 +41,14 @@ def test_a_bug_changes_one_place_of_one_file_which_still_compiles(bug: Mutation)
 @every_bug
 def test_every_test_named_for_a_bug_exists(bug: Mutation) -> None:
     assert bug.tests
-    for test in bug.tests:
-        file, _, name = test.partition("::")
-        if file in AWAITED and not (ROOT / file).is_file():
-            continue
-        source = (ROOT / file).read_text(encoding="utf-8")
-        function = name.rpartition(".")[2] if file.partition("/")[0] != "tests" else name  # a doctest: package.module.f
-        assert re.search(rf"^def {re.escape(function)}\(" if name else "^def test_", source, re.MULTILINE), test
+    assert [test for test in bug.tests if not is_here(test) and not is_awaited(test)] == []
+
+
+def test_a_test_that_is_nowhere_is_not_taken_for_one() -> None:
+    assert is_here("tests/test_zoo.py::test_a_test_that_is_nowhere_is_not_taken_for_one")
+    assert is_here("grpo_core/objective.py::grpo_core.objective.k3_kl")
+    for test in ("tests/test_zoo.py::test_a_test_that", "tests/test_nothing.py::test_a", "tests/test_zoo.py"):
+        assert not is_here(test) and not is_awaited(test)
 
 
 def test_every_pitfall_has_a_bug_or_a_reason_why_not() -> None:

@@ -28,13 +28,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bugs import MUTATIONS, Mutation
+from tests.bugs import AWAITED, MUTATIONS, Mutation
 from tests.sheet import exercise_sheet, labels
 
 ROOT = Path(__file__).parent.parent
 TIME_LIMIT = 120.0  # seconds for the tests of one bug
 # What the tests import, of other people's: imported before the forks, where it is installed.
-PRELOADED = ("pytest", "hypothesis", "torch", "torch._dynamo", "torch.utils.tensorboard", "transformers.generation")
+PRELOADED: tuple[str, ...] = (
+    "pytest",
+    "hypothesis",
+    "torch",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.generation",
+)
 PRELOADED += ("transformers.models.qwen2.modeling_qwen2", "transformers.models.gpt2.modeling_gpt2", "peft")
 WORTH_PRELOADING = 4  # for fewer bugs each fork imports what it needs
 
@@ -218,13 +225,21 @@ def settle_in(bugs: int) -> None:
             continue  # an extra, or another release's name
 
 
+def is_here(test: str) -> bool:
+    """Whether a pytest node id names a function in its file. That of a doctest ends in package.module.function."""
+    file, _, name = test.partition("::")
+    if not (ROOT / file).is_file():
+        return False
+    return f"\ndef {name.rpartition('.')[2]}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def is_awaited(test: str) -> bool:
+    return not is_here(test) and (test in AWAITED or test.partition("::")[0] in AWAITED)
+
+
 def jobs_for(bugs: Sequence[tuple[str, Mutation]]) -> list[Job]:
     """First all the tests without any bug, then each bug with its own."""
-
-    def here(tests: Sequence[str]) -> tuple[str, ...]:
-        return tuple(test for test in tests if (ROOT / test.partition("::")[0]).is_file())
-
-    jobs = [Job(label, bug, here(bug.tests)) for label, bug in bugs]
+    jobs = [Job(label, bug, tuple(test for test in bug.tests if not is_awaited(test))) for label, bug in bugs]
     union = tuple(dict.fromkeys(test for job in jobs for test in job.tests))
     return [Job("", None, union), *jobs]
 

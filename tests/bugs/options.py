@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.bugs.mutation import Mutation
 
-OBJECTIVE, STEP, REFERENCE = "tests/test_objective.py::", "tests/test_step.py::", "tests/test_reference.py"
+OBJECTIVE, STEP, REFERENCE = "tests/test_objective.py::", "tests/test_step.py::", "tests/test_reference.py::"
 VARIANTS, LOSSES, ROLLOUT = "tests/test_variants.py::", "tests/test_losses.py::", "tests/test_rollout.py::"
 
 BUGS = [
@@ -146,7 +146,7 @@ BUGS = [
         """"luspo": Loss("sequence", "clip", "sequence_sum"),""",
         """"luspo": Loss("sequence", "clip", "sequence_mean"),""",
         "Which is GSPO again, under another name.",
-        (f"{LOSSES}test_a_name_stands_for_its_three_choices",),
+        (f"{OBJECTIVE}test_luspo_is_gspo_with_every_completion_weighted_by_its_length",),
     ),
     Mutation(
         29,
@@ -156,7 +156,7 @@ BUGS = [
         "(surrogate_NT - config.beta * kl_NT)",
         "The sign of equation 3, which is maximised, in a loss, which is minimised: the policy is driven away from the "
         "reference.",
-        (f"{REFERENCE}::test_the_kl_pulls_the_policy_back_to_the_reference",),
+        (f"{REFERENCE}test_the_kl_pulls_the_policy_back_to_the_reference",),
     ),
     Mutation(
         29,
@@ -175,7 +175,7 @@ BUGS = [
         "ours.lerp_(theirs, 1 - self.sync_mix)",
         "alpha * old + (1 - alpha) * new, read the other way round. At 0.5 nothing differs; at 1 the reference never "
         "moves.",
-        (REFERENCE,),
+        (f"{REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
     ),
     Mutation(
         29,
@@ -184,7 +184,7 @@ BUGS = [
         "ours.lerp_(theirs, self.sync_mix)",
         "theirs.lerp_(ours, self.sync_mix)",
         "Every so often most of what was learned is undone.",
-        (REFERENCE,),
+        (f"{REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
     ),
     Mutation(
         29,
@@ -193,7 +193,7 @@ BUGS = [
         "if not self.sync_every or self.updates % self.sync_every:",
         "if not self.sync_every:",
         "A reference at the policy's heels holds it to nothing.",
-        (REFERENCE,),
+        (f"{REFERENCE}test_the_reference_moves_at_every_kth_update_and_at_no_other",),
     ),
     Mutation(
         30,

@@ -124,7 +124,7 @@ BUGS = [
         "                loss = (weights * (surrogate_NT + config.beta * kl_NT)).sum() * len(micro) / len(rows)",
         "Tokens that share a micro-batch with short completions weigh more, so the gradient depends on how the batch "
         "happens to be cut.",
-        (f"{STEP}test_microbatching_leaves_the_gradient_unchanged",),
+        (f"{STEP}test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut",),
     ),
     Mutation(
         10,
