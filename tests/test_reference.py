@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from grpo_core.objective import k3_kl
 from grpo_core.reference import Reference
 from grpo_core.step import grpo_step
 from sft_core.config import ModelConfig
@@ -21,6 +22,7 @@ from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,
     adapted,
+    caught,
     ends_often,
     grpo_config,
     largest_difference,
@@ -90,6 +92,19 @@ def test_the_reference_does_not_move_when_the_policy_does(kind: str, tmp_path: P
     disturb(policy)
     assert (scored(policy, rows) - policy_then).abs().max() > 0.01
     assert torch.equal(parts.reference.logprobs(rows, 1.0, micro_batch=2), at_the_start)
+
+
+@kinds
+def test_the_kl_pulls_the_policy_back_to_the_reference(kind: str, tmp_path: Path) -> None:
+    """Rewards are equal, so the KL is all there is to learn; a small step down its gradient lowers it on its tokens."""
+    policy = start(kind, tmp_path)
+    parts = caught(policy, grpo_config(beta=1.0), lambda prompts, **_: [1.0] * len(prompts), lr=1e-3)
+    disturb(policy)
+    report = grpo_step(parts, EXAMPLES)
+    away, rows = report.tally.means()["kl"], report.rollout.samples.rows
+    assert parts.reference and away > 0.01
+    k3_NT = k3_kl(scored(policy, rows), parts.reference.logprobs(rows, 1.0, micro_batch=8))
+    assert float(k3_NT.sum() / rows.mask_NT.sum()) < away - 1e-4
 
 
 @kinds

@@ -119,6 +119,12 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
             assert (logp_NT.mean() + entropy_NT[0]).abs() > 8 * error
 
 
+def test_tokens_are_drawn_from_the_whole_vocabulary() -> None:
+    policy = tiny_policy(initializer_range=0.001)  # all tokens about equally likely
+    drawn = seeded(policy, Sampling(1), [PROMPTS[0]] * 4000).rows.completion_NT
+    assert drawn.unique().numel() > 0.95 * len(policy.tokenizer)
+
+
 @families
 def test_greedy_tokens_are_the_likeliest_whatever_the_padding(family: Family) -> None:
     policy = ends_often(tiny_policy(family))
@@ -223,6 +229,26 @@ def test_gradient_checkpointing_leaves_the_cache_on(family: Family) -> None:
     assert widths == [7] + [1] * (samples.rows.completion_NT.shape[1] - 1)
 
 
+@families
+def test_gradient_checkpointing_changes_no_sample(family: Family) -> None:
+    """Checkpointed layers in train mode hand no keys and values on: each token would see itself alone."""
+    policy, checkpointed = tiny_policy(family), tiny_policy(family)
+    checkpoint_activations(checkpointed)
+    checkpointed.model.train()
+    assert torch.equal(seeded(checkpointed).rows.ids_NL, seeded(policy).rows.ids_NL)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_the_sampler_computes_in_the_learners_precision(precision: Any) -> None:
+    policy = tiny_policy(precision=precision)
+    seen = []
+    policy.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.dtype))
+    rows = seeded(policy).rows
+    sampled, seen[:] = set(seen), []
+    token_logprobs(policy, rows)
+    assert sampled == set(seen) == {policy.precision.autocast_dtype or torch.float32}
+
+
 def test_one_prompt_and_one_token_are_enough() -> None:
     samples = seeded(tiny_policy(), Sampling(1), [[9]])
     assert samples.rows.ids_NL.shape == (1, 2) and samples.logp_NT.shape == (1, 1)
@@ -237,6 +263,23 @@ def test_texts_hold_the_completions_own_ordinary_tokens_in_order() -> None:
     ):
         assert text == policy.tokenizer.decode([token for token in row[:length] if token > 2])  # 0-2 are special
     assert len(set(samples.texts)) > 1
+
+
+def test_the_rows_hold_the_very_ids_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ends_often(tiny_policy())
+    generate, drawn = policy.model.generate, []
+
+    def watched(**kwargs: Any) -> Any:
+        drawn.append(generate(**kwargs))
+        return drawn[0]
+
+    monkeypatch.setattr(policy.model, "generate", watched)
+    samples = seeded(policy)
+    assert torch.equal(samples.rows.ids_NL, drawn[0])
+    own = [ids[:length] for ids, length in zip(drawn[0][:, 7:].tolist(), samples.rows.completion_len_N, strict=True)]
+    reread = policy.tokenizer(samples.texts, add_special_tokens=False)["input_ids"]
+    # Their text, tokenized again, is something else, so the assertion above can fail.
+    assert any(again not in (ids, ids[:-1]) for again, ids in zip(reread, own, strict=True))
 
 
 def test_rows_keep_the_prompts_and_their_order() -> None:

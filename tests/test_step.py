@@ -22,6 +22,7 @@ import grpo_core.train
 from grpo_core.metrics import step_record
 from grpo_core.rollout import sample_groups
 from rewards import Reward
+from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy, without_dropout
 from sft_core.prompts import encode_prompt, prompt_messages
 from sft_core.tasks import load_task
@@ -143,6 +144,47 @@ def test_completions_that_end_at_once_are_learned_and_not_divided_by_zero(aggreg
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
     assert all(math.isfinite(value) for value in report.tally.means().values())
+
+
+def test_a_micro_batch_in_which_nothing_is_left_to_learn_does_no_harm() -> None:
+    config = grpo_config(mask_truncated=True, micro_batch=1, beta=0.1, mu=2)
+    parts = caught(ends_often(tiny_policy()), config, lr=0.1)
+    report = step(parts)
+    cut_off = report.rollout.samples.truncated_N
+    assert cut_off.any() and not cut_off.all()  # rows of their own in micro-batches of one
+    for gradient in parts.optimizer.gradients:  # type: ignore[attr-defined]
+        assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
+    assert all(math.isfinite(value) for value in report.tally.means().values())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+def test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(micro_batch: int) -> None:
+    parts = caught(ends_often(tiny_policy()), grpo_config(scale_rewards="none", micro_batch=micro_batch))
+    report = step(parts)
+    length_N = report.rollout.samples.rows.completion_len_N
+    # In the first update each token contributes -A.
+    expected = -(report.advantage_BG.flatten() * length_N).sum() / length_N.sum()
+    assert parts.optimizer.losses == pytest.approx([float(expected)], abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_completions_that_were_cut_off_count_in_no_mean_over_tokens() -> None:
+    parts = caught(ends_often(tiny_policy()), grpo_config(mask_truncated=True, scale_rewards="none", micro_batch=4))
+    report = step(parts)
+    ended_N, length_N = ~report.rollout.samples.truncated_N, report.rollout.samples.rows.completion_len_N
+    assert ended_N.any() and not ended_N.all()
+    # In the first update each token contributes -A.
+    expected = -(report.advantage_BG.flatten() * length_N)[ended_N].sum() / length_N[ended_N].sum()
+    assert parts.optimizer.losses == pytest.approx([float(expected)], abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_the_entropy_bonus_raises_the_entropy() -> None:
+    """Rewards are equal, so the bonus is all there is to learn."""
+    policy = ends_often(tiny_policy())
+    parts = caught(policy, grpo_config(entropy_coef=1.0), lambda prompts, **_: [1.0] * len(prompts), lr=0.01)
+    report = step(parts)
+    rows = report.rollout.samples.rows
+    entropy_NT = token_logprobs(policy, rows)[1]
+    assert float(entropy_NT.sum() / rows.mask_NT.sum()) > report.tally.means()["entropy"] + 1e-3
 
 
 # --- rewards ---
