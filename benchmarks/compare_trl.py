@@ -118,7 +118,7 @@ def _options(fields: dict[str, object]) -> str:
 
 
 def _number(value: float) -> str:
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.0e}"
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
 def _larger(first: float, second: float) -> float:

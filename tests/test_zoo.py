@@ -11,7 +11,7 @@ import pytest
 
 from tests.bugs import MUTATIONS, NOT_BUILT, PITFALLS, Mutation
 from tests.sheet import exercise_sheet, labels
-from tests.zoo import Job, Result, exit_code, is_awaited, is_here, planted
+from tests.zoo import Job, Result, exit_code, is_here, planted
 
 ROOT = Path(__file__).parent.parent
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the zoo forks")
@@ -41,14 +41,14 @@ def test_a_bug_changes_one_place_of_one_file_which_still_compiles(bug: Mutation)
 @every_bug
 def test_every_test_named_for_a_bug_exists(bug: Mutation) -> None:
     assert bug.tests
-    assert [test for test in bug.tests if not is_here(test) and not is_awaited(test)] == []
+    assert [test for test in bug.tests if not is_here(test)] == []
 
 
 def test_a_test_that_is_nowhere_is_not_taken_for_one() -> None:
     assert is_here("tests/test_zoo.py::test_a_test_that_is_nowhere_is_not_taken_for_one")
     assert is_here("grpo_core/objective.py::grpo_core.objective.k3_kl")
     for test in ("tests/test_zoo.py::test_a_test_that", "tests/test_nothing.py::test_a", "tests/test_zoo.py"):
-        assert not is_here(test) and not is_awaited(test)
+        assert not is_here(test)
 
 
 def test_every_pitfall_has_a_bug_or_a_reason_why_not() -> None:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bugs import AWAITED, MUTATIONS, Mutation
+from tests.bugs import MUTATIONS, Mutation
 from tests.sheet import exercise_sheet, labels
 
 ROOT = Path(__file__).parent.parent
@@ -233,13 +233,9 @@ def is_here(test: str) -> bool:
     return f"\ndef {name.rpartition('.')[2]}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
-def is_awaited(test: str) -> bool:
-    return not is_here(test) and (test in AWAITED or test.partition("::")[0] in AWAITED)
-
-
 def jobs_for(bugs: Sequence[tuple[str, Mutation]]) -> list[Job]:
     """First all the tests without any bug, then each bug with its own."""
-    jobs = [Job(label, bug, tuple(test for test in bug.tests if not is_awaited(test))) for label, bug in bugs]
+    jobs = [Job(label, bug, bug.tests) for label, bug in bugs]
     union = tuple(dict.fromkeys(test for job in jobs for test in job.tests))
     return [Job("", None, union), *jobs]
 

@@ -61,12 +61,3 @@ NOT_BUILT = {
     15: "not built yet: the log-softmax is not chunked here (only the entropy, which has no gradient unless asked for)",
     22: "not built yet: a run cannot be resumed",
 }
-
-# Tests, or whole files of them, that are being written elsewhere; a mutation may name them before they are here.
-AWAITED = (
-    "tests/test_variants.py",
-    "tests/test_losses.py",
-    "tests/test_rollout.py",
-    "tests/test_reference.py::test_the_reference_becomes_a_mixture_of_itself_and_the_policy",
-    "tests/test_reference.py::test_the_reference_moves_at_every_kth_update_and_at_no_other",
-)
