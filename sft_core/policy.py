@@ -31,6 +31,8 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
+    share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
+    logit_chunk: int = 2**24  # logits that exist at once in the learner: 64 MB in float32; 0: all
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +100,9 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     if source.adapter is not None or config.lora:
         model = _adapt(model, config, source)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    return Policy(model.to(device).eval(), tokenizer, pick_precision(config.precision, device), eos_ids, pad_id)
+    precision = pick_precision(config.precision, device)
+    model = model.to(device).eval()
+    return Policy(model, tokenizer, precision, eos_ids, pad_id, config.share_prompts, config.logit_chunk)
 
 
 def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
