@@ -48,14 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         declared = declared_differences(Path(folder))
     report = "\n".join(
         [
+            "# Compared with TRL",
+            "",
             table,
             "",
             "Declared differences, each measured with the same inputs on both sides:",
             "",
             declared,
             "",
-            f"trl {version('trl')}, transformers {version('transformers')}, torch {torch.__version__}; "
-            f"{time.perf_counter() - started:.0f} s on {torch.get_num_threads()} CPU thread(s).",
+            "`G` is trl/trainer/grpo_trainer.py, `C` grpo_config.py.",
+            "",
+            f"`python -m benchmarks.compare_trl` with trl {version('trl')}, transformers {version('transformers')}, torch {torch.__version__}; "
+            f"{time.perf_counter() - started:.0f} s on one CPU thread.",
         ]
     )
     print(report)
@@ -118,7 +122,7 @@ def _options(fields: dict[str, object]) -> str:
 
 
 def _number(value: float) -> str:
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.0e}"
+    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
 def _larger(first: float, second: float) -> float:

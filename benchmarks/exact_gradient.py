@@ -11,9 +11,9 @@ from importlib.metadata import version
 
 import torch
 
-from benchmarks.exact_kl import kl_losses, kl_values, off_policy, variants
-from benchmarks.exact_rewards import difficulty, length_bias, normalisers, scaled, truncation, unscaled
-from benchmarks.exact_table import markdown
+from benchmarks.exact.kl import kl_losses, kl_values, off_policy, variants
+from benchmarks.exact.rewards import difficulty, length_bias, normalisers, scaled, truncation, unscaled
+from benchmarks.exact.table import markdown
 
 BLOCKS = (
     unscaled,

@@ -14,9 +14,11 @@ EPSILON = 1e-4
 def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
     """A = (r - mean of its group) / spread: the spread of its group, of the whole batch, or 1.
 
-    The mean is the baseline: it lowers the variance of the gradient and leaves its direction alone (up to the factor
-    (G - 1) / G, because a completion is part of its own baseline). Dividing by the group's spread weights hard and easy
-    prompts alike, a bias that Dr. GRPO (arXiv 2503.20783) avoids with `none`. Standard deviations are over n - 1.
+    The mean is the baseline: it lowers the variance of the gradient and leaves its direction alone, up to the factor
+    (G - 1) / G, because a completion is part of its own baseline (exactly so under `constant_length` or `sequence_sum`
+    weights). Dividing by the group's spread is a bias, which Dr. GRPO (arXiv 2503.20783) avoids with `none`: prompts
+    whose rewards differ little gain on the others, and with rewards of 0 and 1 and G >= 4 those that are nearly always
+    or nearly never solved (benchmarks/results/exact-gradient.md, block 2). Standard deviations are over n - 1.
 
     A reward that is NaN (no reward function had an opinion) is left out of means and spreads and gets advantage 0.
     A group whose rewards are all equal gets advantage exactly 0: decided by max == min, since the rounded mean of

@@ -80,9 +80,11 @@ def policy_loss(
 def kl_penalty(ratio: Tensor, logp_NT: Tensor, ref_logp_NT: Tensor, config: GRPOConfig) -> Tensor:
     """k3 of each token.
 
-    With `kl_correction` times the ratio, whose own gradient makes the whole that of KL(pi_theta || pi_ref), also where
-    its value is 1 (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's default, grpo_trainer.py 1.16.0, line 3104). Without
-    it the mean gradient on-policy is that of KL(pi_ref || pi_theta) at each token.
+    On-policy its mean gradient is that of KL(pi_ref || pi_theta) over the next token, at each prefix that was sampled.
+    With `kl_correction` it is multiplied by the ratio, whose own gradient turns it into that of KL(pi_theta || pi_ref),
+    also where the ratio's value is 1, and keeps it so off-policy (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's
+    default, grpo_trainer.py 1.16.0, line 3105). Neither counts that the policy chooses its own prefixes, and both are
+    exact only under weights that do not depend on lengths: benchmarks/results/exact-gradient.md, block 4.
     """
     kl_NT = k3_kl(logp_NT, ref_logp_NT)
     return kl_NT * ratio if config.kl_correction else kl_NT

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -19,6 +21,7 @@ from grpo_core.metrics import step_record
 from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
+from sft_core.cli import parse_config
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
 from sft_core.precision import pick_precision
@@ -139,6 +142,22 @@ def widened(rows: Rows, left: int, right: int, filler: int | None = None) -> Row
     ids_NL = torch.nn.functional.pad(rows.ids_NL, (left, right), value=filler or 0)
     wide = Rows(ids_NL, rows.prompt_len_N, rows.completion_len_N, rows.prompt_width + left)
     return wide if filler is None else replace(wide, ids_NL=torch.where(wide.attention_NL.bool(), ids_NL, filler))
+
+
+def yaml_file(folder: Path, text: str) -> str:
+    """The path of a config file of this text."""
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def message_of(argv: list[str], cls: Any = GRPOConfig, presets: Path | None = None) -> str:
+    """The one line with which this command line is refused."""
+    with pytest.raises(ValueError) as caught:
+        parse_config(cls, argv, presets)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 EXAMPLES = [

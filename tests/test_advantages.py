@@ -106,6 +106,13 @@ def test_groups_that_teach_nothing_are_those_without_two_different_rewards() -> 
     assert zero_spread(rewards).tolist() == [True, False, True, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_are_known_as_equal_however_their_mean_is_rounded(dtype: torch.dtype) -> None:
+    groups = torch.tensor([[0.01] * 12, [0.1] * 12, [1 / 3] * 12, [1e6 / 7] * 12], dtype=dtype)
+    assert (nan_std(groups) > 0).any()  # what a spread would decide by
+    assert zero_spread(groups).all()
+
+
 def test_a_group_of_one_is_refused_because_it_is_its_own_baseline() -> None:
     for scale in ("group", "batch", "none"):
         with pytest.raises(ValueError, match="--group_size 1: expected 2 or more"):

@@ -17,6 +17,7 @@ from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
 from sft_core.config import as_yaml
 from sft_core.train import SFTConfig
+from tests.helpers import message_of, yaml_file
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: dict[str, Any] = {"sft_core": SFTConfig, "eval": EvalConfig, "grpo_core": GRPOConfig}
@@ -32,12 +33,6 @@ def presets(tmp_path: Path) -> Path:
     (folder / "small.yaml").write_text("lr: 0.5\ngroup_size: 3\ntemperature: 0.5\n")
     (folder / "large.yaml").write_text("group_size: 32\n")
     return folder
-
-
-def yaml_file(folder: Path, text: str) -> str:
-    path = folder / "settings.yaml"
-    path.write_text(text)
-    return str(path)
 
 
 # --- layers
@@ -168,14 +163,6 @@ def test_every_presets_resolved_config_repeats_it(tmp_path: Path, package: str, 
 
 
 # --- mistakes
-
-
-def message_of(argv: list[str], cls: Any = GRPOConfig, presets: Path | None = None) -> str:
-    with pytest.raises(ValueError) as caught:
-        parse_config(cls, argv, presets)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import benchmarks
-from benchmarks import exact_enumeration
-from benchmarks.exact_enumeration import (
+from benchmarks.exact import enumeration
+from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
@@ -35,10 +35,10 @@ from benchmarks.exact_enumeration import (
     true_gradient,
     world,
 )
+from benchmarks.exact.kl import FREE, OFF_POLICY, WHOLE_RATIO, kl_as_reward, kl_gradients, kl_term, sampled_kl
+from benchmarks.exact.rewards import SHARES, guesses, two_prompts
+from benchmarks.exact.table import AGGREGATIONS, WORD, language
 from benchmarks.exact_gradient import report
-from benchmarks.exact_kl import FREE, OFF_POLICY, WHOLE_RATIO, kl_as_reward, kl_gradients, kl_term, sampled_kl
-from benchmarks.exact_rewards import SHARES, guesses, two_prompts
-from benchmarks.exact_table import AGGREGATIONS, WORD, language
 from grpo_core.advantages import EPSILON
 from grpo_core.objective import LOSSES, Aggregation, k3_kl
 from grpo_core.reference import Reference
@@ -69,7 +69,7 @@ def test_groups_up_to_order_stand_for_every_ordered_group(monkeypatch: pytest.Mo
     here, policy = world(4, 2), table_policy(4, 2)
     estimator = Estimator(here, settings(2, 3, loss="dapo", scale_rewards="group"), arbitrary_rewards(len(here.rows)))
     unordered = estimator.direction(policy)
-    monkeypatch.setattr(exact_enumeration, "multisets", ordered)
+    monkeypatch.setattr(enumeration, "multisets", ordered)
     assert relative_error(estimator.direction(policy), unordered) < EXACT
 
 
@@ -98,8 +98,8 @@ def mean_gradient_of_grpo_step(estimator: Estimator, policy: Policy) -> Tensor:
     ("prompts", "fields"),
     [
         (1, {}),
-        (1, {"loss": "grpo", "scale_rewards": "group", "beta": 0.3, "mask_truncated": True}),
-        (2, {"loss": "dapo", "scale_rewards": "batch"}),
+        (1, {"loss": "dapo", "scale_rewards": "group", "beta": 0.3, "mask_truncated": True}),
+        (2, {"loss": "grpo", "scale_rewards": "batch"}),
     ],
 )
 def test_the_enumerated_gradient_is_the_mean_of_grpo_steps_own(prompts: int, fields: dict[str, Any]) -> None:
@@ -316,6 +316,21 @@ def test_off_policy_a_tokens_own_ratio_is_unbiased_where_completions_have_one_to
     here, policy, reward_R = world(4, 1), table_policy(4, 1), arbitrary_rewards(4)
     direction = Estimator(here, settings(1, 2, **FREE), reward_R, moved(policy, 0.5)).direction(policy)
     assert relative_error(2 * direction, true_gradient(here, policy, reward_R)) < EXACT
+
+
+def test_clipping_takes_out_what_goes_on_in_its_own_direction_beyond_the_bounds() -> None:
+    """One-token completions, G = 2: the gradient of E[h] with h(c) the mean of (r_c - r_d) / 2 over partners d, but 0
+    for the pairs where c is the better one and likelier than 1.2 times before, or the worse one and rarer than 0.8."""
+    here, policy, reward_R = world(5, 1), table_policy(5, 1), arbitrary_rewards(5)
+    sampler = moved(policy, 0.5, seed=9)
+    old_R, ratio_R = here.chance(sampler).detach(), (here.chance(policy) / here.chance(sampler)).detach()
+    advantage_RR = (reward_R[:, None] - reward_R) / 2
+    likelier_R1, rarer_R1 = (ratio_R > 1.2)[:, None], (ratio_R < 0.8)[:, None]
+    good_RR, bad_RR = likelier_R1 & (advantage_RR > 0), rarer_R1 & (advantage_RR < 0)
+    assert good_RR.any() and bad_RR.any() and (advantage_RR.bool() & ~good_RR & ~bad_RR).any()
+    h_R = torch.where(good_RR | bad_RR, 0.0, advantage_RR) @ old_R
+    direction = Estimator(here, settings(1, 2), reward_R, sampler).direction(policy)
+    assert relative_error(direction, true_gradient(here, policy, h_R)) < EXACT
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -139,6 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "off_policy_threshold": {"off_policy_threshold": 0.01},
     "mask_truncated": {"mask_truncated": True},
     "mask_truncated, a completion's mean": {"mask_truncated": True, "loss": "grpo", "beta": 0.1},
+    "mask_truncated, a sequence's ratio": {"mask_truncated": True, "loss": "gspo"},
     "entropy_coef": {"entropy_coef": 0.3},
     "top_entropy": {"top_entropy": 0.4},
     "top_entropy with a bonus": {"top_entropy": 0.4, "entropy_coef": 0.3, "beta": 0.1},

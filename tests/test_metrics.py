@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
 import pytest
 import torch
 
-from grpo_core.metrics import Tally
-from tests.helpers import grpo_config
+from eval.sampling import Samples
+from grpo_core.metrics import Tally, step_record
+from grpo_core.objective import LOSSES
+from grpo_core.rollout import sample_groups
+from rewards import Reward
+from sft_core.runlog import append_jsonl
+from tests.helpers import EXAMPLES, caught, ends_often, grpo_config, measured, step, tiny_policy, with_samples
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -50,3 +62,144 @@ def test_padding_counts_in_no_metric(padding: float) -> None:
             "ratio_max": 2.0,
         }
     )
+
+
+# --- ratios ---
+
+
+def counted(config: Any, mask: Any, ratio: Any, advantage: Any, updates: list[int] | None = None) -> dict[str, float]:
+    """The means over micro-batches of one row each, all of one update or of the updates given."""
+    mask, ratio, advantage = torch.tensor(mask), torch.tensor(ratio), torch.tensor(advantage)
+    tally, zeros = Tally(config), torch.zeros(1, mask.shape[1])
+    for row, update in enumerate(updates or [0] * len(mask)):
+        own = mask[row : row + 1]
+        tally.updates = update
+        tally.add(
+            torch.tensor(0.0),
+            own,
+            own / 4,
+            advantage[row : row + 1, None] * own,
+            ratio[row : row + 1],
+            zeros,
+            zeros,
+            zeros,
+        )
+    tally.updates += 1
+    return tally.means()
+
+
+THREE = [[True, True, True, True], [True, True, False, False], [True, True, True, True]]
+BOTH = {"epsilon_low": 0.2, "epsilon_high": 0.3}
+
+
+def test_the_least_and_the_most_clipped_completions_are_found_over_all_micro_batches() -> None:
+    config = grpo_config(**BOTH)
+    low = counted(config, THREE, [[0.5, 0.5, 1, 1], [0.5, 0.9, 0, 0], [0.1] * 4], [-1.0, -1.0, -1.0])
+    assert low["clip_ratio_low_min"] == 0.5 and low["clip_ratio_low"] == pytest.approx(7 / 10)
+    assert low["clip_ratio_high_max"] == 0
+    high = counted(config, THREE, [[2.0, 1, 1, 1], [2.0, 9.0, 9, 9], [1.0] * 4], [1.0, 1.0, 1.0])
+    assert high["clip_ratio_high_max"] == 1 and high["clip_ratio_high"] == pytest.approx(3 / 10)
+    assert high["clip_ratio_low_min"] == 0
+
+
+def test_the_clipped_extremes_are_means_over_the_updates() -> None:
+    ratios = [[1.0] * 4, [1.0] * 4, [2.0, 2.0, 2.0, 1.0]]
+    found = counted(grpo_config(**BOTH), [[True] * 4] * 3, ratios, [1.0] * 3, updates=[0, 1, 1])
+    assert found["clip_ratio_high_max"] == pytest.approx((0 + 3 / 4) / 2)
+
+
+def test_clipping_is_counted_only_where_it_stops_the_pull() -> None:
+    ratios = [[0.5] * 4, [2.0] * 4, [0.5, 2.0, 0.5, 2.0]]
+    assert counted(grpo_config(**BOTH), [[True] * 4] * 3, ratios, [1.0, -1.0, 0.0])["clip_ratio_low"] == 0
+    assert counted(grpo_config(**BOTH), [[True] * 4] * 3, ratios, [1.0, -1.0, 0.0])["clip_ratio_high"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "low", "high"), [("dapo", 1 / 3, 1 / 3), ("cispo", 0, 1 / 3), ("sapo", 0, 0), ("vespo", 0, 0)]
+)
+def test_each_loss_counts_what_it_bounds(loss: Any, low: float, high: float) -> None:
+    ratios = [[0.5] * 4, [2.0] * 4, [1.1] * 4]
+    found = counted(grpo_config(loss=loss, **BOTH), [[True] * 4] * 3, ratios, [-1.0, 1.0, 1.0])
+    assert (found["clip_ratio_low"], found["clip_ratio_high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_a_sequences_ratio_counts_each_completion_once_whatever_its_length() -> None:
+    config = grpo_config(loss="gspo", **BOTH)
+    found = counted(config, THREE, [[2.0], [0.5], [1.1]], [1.0, -1.0, 1.0])
+    assert found["clip_ratio_high"] == found["clip_ratio_low"] == pytest.approx(1 / 3)
+    assert (found["ratio_min"], found["ratio_max"]) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "gspo"])
+def test_completions_that_teach_nothing_are_not_counted(loss: Any) -> None:
+    """A masked row has no token and ratio 1."""
+    config = grpo_config(loss=loss, **BOTH)
+    mask = [[True] * 4, [False] * 4]
+    ratios = [[2.0], [1.0]] if loss == "gspo" else [[2.0] * 4, [1.0] * 4]
+    found = counted(config, mask, ratios, [1.0, 1.0])
+    assert found["clip_ratio_high"] == found["clip_ratio_high_max"] == 1
+    assert found["ratio_min"] == found["ratio_max"] == 2
+    low = counted(config, mask, [[0.5], [1.0]] if loss == "gspo" else [[0.5] * 4, [1.0] * 4], [-1.0, -1.0])
+    assert low["clip_ratio_low"] == low["clip_ratio_low_min"] == 1
+
+
+# --- the log line ---
+
+
+def sampled(config: Any) -> Samples:
+    torch.manual_seed(0)
+    samples = sample_groups(ends_often(tiny_policy()), EXAMPLES, config)
+    assert samples.truncated_N.any() and not samples.truncated_N.all()
+    return samples
+
+
+def test_lengths_are_told_of_all_completions_and_of_those_that_ended_themselves() -> None:
+    config = grpo_config(group_size=4)
+    samples = sampled(config)
+    record = measured(ends_often(tiny_policy()), config, samples)
+    lengths, cut_off = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
+    ended = [length for length, cut in zip(lengths, cut_off, strict=True) if not cut]
+    assert (record["length_min"], record["length_max"]) == (min(lengths), max(lengths))
+    assert (record["ended_length_min"], record["ended_length_max"]) == (min(ended), max(ended))
+    assert record["ended_length_mean"] == pytest.approx(fmean(ended)) != pytest.approx(record["length_mean"])
+    assert record["truncated_share"] == sum(cut_off) / 8 and record["tokens_generated"] == sum(lengths)
+    none_ended = replace(samples, truncated_N=torch.ones(8, dtype=torch.bool))
+    record = measured(ends_often(tiny_policy()), config, none_ended)
+    assert [record[f"ended_length_{kind}"] for kind in ("mean", "min", "max")] == [0, 0, 0]
+
+
+def test_each_reward_functions_spread_is_told_beside_its_mean() -> None:
+    config = grpo_config()
+    values: list[float | None] = [1, 4, None, 2, 2, 5]
+    functions = {"several": values, "one": [None] * 5 + [3.0], "none": [None] * 6}
+    rewards = [Reward(name, lambda name=name, **_: functions[name]) for name in functions]  # type: ignore[misc]
+    record = step_record(step(replace(caught(ends_often(tiny_policy()), config), rewards=rewards)), config)
+    known = [1, 4, 2, 2, 5]
+    assert record["rewards/several"] == fmean(known) and record["rewards_std/several"] == pytest.approx(stdev(known))
+    assert record["rewards/one"] == 3 and record["rewards_std/one"] is None
+    assert record["rewards/none"] is None and record["rewards_std/none"] is None
+
+
+def test_a_step_without_dynamic_sampling_replaced_no_group() -> None:
+    config = grpo_config(group_size=4)
+    assert measured(ends_often(tiny_policy()), config, sampled(config))["replaced_groups"] == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_whose_rows_are_all_masked_teaches_nothing_and_can_be_logged(loss: Any, tmp_path: Path) -> None:
+    config = grpo_config(loss=loss, group_size=4, mu=2, mask_truncated=True, micro_batch=3, beta=0.1, top_entropy=0.5)
+    config = replace(config, entropy_coef=0.1, off_policy_threshold=0.1, kl_correction=True)
+    samples = sampled(config)
+    parts = caught(ends_often(tiny_policy()), config, lr=0.1)
+    report = step(with_samples(parts, replace(samples, truncated_N=torch.ones(8, dtype=torch.bool))))
+    gradients = parts.optimizer.gradients  # type: ignore[attr-defined]
+    assert len(gradients) == 2 and all((g == 0).all() for gradient in gradients for g in gradient.values())
+    record = step_record(report, config)
+    # Nothing was counted, so there is no least and no greatest of it; everything else is a number.
+    of_nothing = {"ratio_min", "ratio_max", "clip_ratio_low_min", "clip_ratio_high_max"}
+    assert {name for name, value in record.items() if not math.isfinite(value)} == of_nothing
+    assert record["length_max"] == 8 and record["truncated_share"] == 1  # what was sampled is told all the same
+    append_jsonl(tmp_path / "log.jsonl", [record])
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    logged = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert {name for name, value in logged.items() if value is None} == of_nothing

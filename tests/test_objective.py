@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.objective import Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
+from grpo_core.objective import LOSSES, Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
 MASK_NT = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -45,11 +45,33 @@ def test_weights_without_any_token_are_zero_and_not_nan(aggregation: Aggregation
     assert (token_weights(torch.zeros(2, 3, dtype=torch.bool), aggregation, 8) == 0).all()
 
 
+def test_luspo_is_gspo_with_every_completion_weighted_by_its_length() -> None:
+    luspo, gspo = LOSSES["luspo"], LOSSES["gspo"]
+    assert (luspo.ratio_level, luspo.token_loss) == (gspo.ratio_level, gspo.token_loss) == ("sequence", "clip")
+    weighted_NT = token_weights(MASK_NT, gspo.aggregation, 8) * MASK_NT.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(token_weights(MASK_NT, luspo.aggregation, 8), weighted_NT)
+
+
 def test_the_ratio_is_that_of_the_probabilities() -> None:
     new, old = torch.tensor([[0.5, 0.2]]), torch.tensor([[0.25, 0.4]])
     torch.testing.assert_close(
         importance_ratio(new.log(), old.log(), torch.ones(1, 2, dtype=torch.bool)), torch.tensor([[2.0, 0.5]])
     )
+
+
+def test_the_sequences_ratio_is_the_geometric_mean_over_its_own_tokens() -> None:
+    new, old = torch.tensor([[0.8, 0.2, 1.0], [0.3, 1.0, 1.0]]), torch.tensor([[0.1, 0.4, 1.0], [0.1, 1.0, 1.0]])
+    mask_NT = torch.tensor([[True, True, False], [True, False, False]])
+    found = importance_ratio(new.log(), old.log(), mask_NT, "sequence")
+    torch.testing.assert_close(found, torch.tensor([[(8 * 0.5) ** 0.5], [3.0]]))
+
+
+def test_a_completion_without_tokens_has_sequence_ratio_one() -> None:
+    nothing_NT = torch.zeros(2, 3, requires_grad=True)
+    ratio_N1 = importance_ratio(nothing_NT, torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), "sequence")
+    assert ratio_N1.tolist() == [[1.0], [1.0]]
+    ratio_N1.sum().backward()
+    assert nothing_NT.grad is not None and nothing_NT.grad.isfinite().all()
 
 
 def test_padding_cannot_make_the_loss_or_its_gradient_nan() -> None:

@@ -124,6 +124,25 @@ def test_a_gradient_that_is_infinite_at_factor_one_is_not_asked_for_for_ever() -
     assert largest_difference(weights(policy), before) == 0
 
 
+def test_only_bad_steps_in_a_row_end_a_run() -> None:
+    policy = tiny_policy()
+    learn = optimizer(policy)
+
+    def take(slope: float, times: int) -> None:
+        for _ in range(times):
+            learn.backward(loss(policy, slope))
+            learn.clip_and_step()
+            learn.stop_if_lost()
+
+    bad = float("nan")
+    take(bad, times=4)
+    take(1.0, times=1)
+    take(bad, times=4)
+    assert learn.skipped == 8
+    with pytest.raises(FloatingPointError, match="5 steps in a row"):
+        take(bad, times=1)
+
+
 def adamw_state(learn: Optimizer) -> list[list[float]]:
     """Every number that AdamW remembers, its count of steps included."""
     return [value.flatten().tolist() for values in learn.adamw.state.values() for value in values.values()]

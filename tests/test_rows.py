@@ -78,6 +78,13 @@ def test_cutting_and_masking_leave_the_rows_unchanged() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_leaving_completions_out_leaves_the_rows_themselves_unchanged() -> None:
+    before = TREACHEROUS.completion_len_N.clone()
+    left = TREACHEROUS.without_completions(torch.tensor([False, True]))
+    assert left.mask_NT.tolist() == [[True, False, False, False], [False] * 4]
+    assert torch.equal(TREACHEROUS.completion_len_N, before)
+
+
 def test_padding_a_list_leaves_it_unchanged() -> None:
     sequences = [[1, 2, 3], [4]]
     assert pad(sequences, 0, "right").tolist() == [[1, 2, 3], [4, 0, 0]]

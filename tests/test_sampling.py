@@ -81,12 +81,20 @@ def test_a_completion_of_nothing_but_its_stop_token_has_length_one() -> None:
 def test_the_sampler_records_the_logprob_that_the_learner_computes(family: Family, temperature: float) -> None:
     policy = ends_often(tiny_policy(family))
     samples = seeded(policy, replace(EIGHT, temperature=temperature))
+    rows = samples.rows
+    # Both kinds of padding are there to go wrong: left of the prompts, right of the completions.
+    assert (rows.prompt_len_N < rows.prompt_width).any() and rows.prompt_len_N.min() == 1 and rows.prompt_width == 7
+    assert not rows.mask_NT.all() and rows.completion_len_N.max() > 1
     learned_NT = token_logprobs(policy, samples.rows, temperature)[0]
     assert samples.logp_NT.shape == learned_NT.shape and samples.logp_NT.dtype == torch.float32
     torch.testing.assert_close(samples.logp_NT, learned_NT, rtol=0, atol=1e-5)
     assert (samples.logp_NT[~samples.rows.mask_NT] == 0).all()
-    # At another temperature they differ, so the comparison can fail.
+    # At another temperature they differ, and so they do where the learner takes the left padding for tokens: the
+    # comparison can fail.
     assert (samples.logp_NT - token_logprobs(policy, samples.rows, temperature + 0.1)[0]).abs().max() > 0.05
+    unmasked = replace(rows, prompt_len_N=torch.full_like(rows.prompt_len_N, rows.prompt_width))
+    padded_N = rows.prompt_len_N < rows.prompt_width
+    assert (samples.logp_NT - token_logprobs(policy, unmasked, temperature)[0])[padded_N].abs().max() > 0.05
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}])
@@ -109,6 +117,12 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
         for factor in (0.8, 1.2):
             logp_NT, entropy_NT = token_logprobs(policy, samples.rows, 0.7 * factor)
             assert (logp_NT.mean() + entropy_NT[0]).abs() > 8 * error
+
+
+def test_tokens_are_drawn_from_the_whole_vocabulary() -> None:
+    policy = tiny_policy(initializer_range=0.001)  # all tokens about equally likely
+    drawn = seeded(policy, Sampling(1), [PROMPTS[0]] * 4000).rows.completion_NT
+    assert drawn.unique().numel() > 0.95 * len(policy.tokenizer)
 
 
 @families
@@ -215,6 +229,26 @@ def test_gradient_checkpointing_leaves_the_cache_on(family: Family) -> None:
     assert widths == [7] + [1] * (samples.rows.completion_NT.shape[1] - 1)
 
 
+@families
+def test_gradient_checkpointing_changes_no_sample(family: Family) -> None:
+    """Checkpointed layers in train mode hand no keys and values on: each token would see itself alone."""
+    policy, checkpointed = tiny_policy(family), tiny_policy(family)
+    checkpoint_activations(checkpointed)
+    checkpointed.model.train()
+    assert torch.equal(seeded(checkpointed).rows.ids_NL, seeded(policy).rows.ids_NL)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_the_sampler_computes_in_the_learners_precision(precision: Any) -> None:
+    policy = tiny_policy(precision=precision)
+    seen = []
+    policy.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.dtype))
+    rows = seeded(policy).rows
+    sampled, seen[:] = set(seen), []
+    token_logprobs(policy, rows)
+    assert sampled == set(seen) == {policy.precision.autocast_dtype or torch.float32}
+
+
 def test_one_prompt_and_one_token_are_enough() -> None:
     samples = seeded(tiny_policy(), Sampling(1), [[9]])
     assert samples.rows.ids_NL.shape == (1, 2) and samples.logp_NT.shape == (1, 1)
@@ -229,6 +263,23 @@ def test_texts_hold_the_completions_own_ordinary_tokens_in_order() -> None:
     ):
         assert text == policy.tokenizer.decode([token for token in row[:length] if token > 2])  # 0-2 are special
     assert len(set(samples.texts)) > 1
+
+
+def test_the_rows_hold_the_very_ids_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ends_often(tiny_policy())
+    generate, drawn = policy.model.generate, []
+
+    def watched(**kwargs: Any) -> Any:
+        drawn.append(generate(**kwargs))
+        return drawn[0]
+
+    monkeypatch.setattr(policy.model, "generate", watched)
+    samples = seeded(policy)
+    assert torch.equal(samples.rows.ids_NL, drawn[0])
+    own = [ids[:length] for ids, length in zip(drawn[0][:, 7:].tolist(), samples.rows.completion_len_N, strict=True)]
+    reread = policy.tokenizer(samples.texts, add_special_tokens=False)["input_ids"]
+    # Their text, tokenized again, is something else, so the assertion above can fail.
+    assert any(again not in (ids, ids[:-1]) for again, ids in zip(reread, own, strict=True))
 
 
 def test_rows_keep_the_prompts_and_their_order() -> None:

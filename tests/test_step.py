@@ -22,8 +22,10 @@ import grpo_core.train
 from grpo_core.metrics import step_record
 from grpo_core.rollout import sample_groups
 from rewards import Reward
+from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy, without_dropout
 from sft_core.prompts import encode_prompt, prompt_messages
+from sft_core.tasks import load_task
 from tests.helpers import (
     EXAMPLES,
     FAMILIES,
@@ -48,7 +50,9 @@ from tests.naive import NaiveStep
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
 families = pytest.mark.parametrize("family", FAMILIES)
-aggregations = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant_length"])
+aggregations = pytest.mark.parametrize(
+    "aggregation", ["token_mean", "sequence_mean", "constant_length", "sequence_sum"]
+)
 
 
 # --- sampling ---
@@ -140,6 +144,47 @@ def test_completions_that_end_at_once_are_learned_and_not_divided_by_zero(aggreg
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
     assert all(math.isfinite(value) for value in report.tally.means().values())
+
+
+def test_a_micro_batch_in_which_nothing_is_left_to_learn_does_no_harm() -> None:
+    config = grpo_config(mask_truncated=True, micro_batch=1, beta=0.1, mu=2)
+    parts = caught(ends_often(tiny_policy()), config, lr=0.1)
+    report = step(parts)
+    cut_off = report.rollout.samples.truncated_N
+    assert cut_off.any() and not cut_off.all()  # rows of their own in micro-batches of one
+    for gradient in parts.optimizer.gradients:  # type: ignore[attr-defined]
+        assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
+    assert all(math.isfinite(value) for value in report.tally.means().values())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+def test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut(micro_batch: int) -> None:
+    parts = caught(ends_often(tiny_policy()), grpo_config(scale_rewards="none", micro_batch=micro_batch))
+    report = step(parts)
+    length_N = report.rollout.samples.rows.completion_len_N
+    # In the first update each token contributes -A.
+    expected = -(report.advantage_BG.flatten() * length_N).sum() / length_N.sum()
+    assert parts.optimizer.losses == pytest.approx([float(expected)], abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_completions_that_were_cut_off_count_in_no_mean_over_tokens() -> None:
+    parts = caught(ends_often(tiny_policy()), grpo_config(mask_truncated=True, scale_rewards="none", micro_batch=4))
+    report = step(parts)
+    ended_N, length_N = ~report.rollout.samples.truncated_N, report.rollout.samples.rows.completion_len_N
+    assert ended_N.any() and not ended_N.all()
+    # In the first update each token contributes -A.
+    expected = -(report.advantage_BG.flatten() * length_N)[ended_N].sum() / length_N[ended_N].sum()
+    assert parts.optimizer.losses == pytest.approx([float(expected)], abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_the_entropy_bonus_raises_the_entropy() -> None:
+    """Rewards are equal, so the bonus is all there is to learn."""
+    policy = ends_often(tiny_policy())
+    parts = caught(policy, grpo_config(entropy_coef=1.0), lambda prompts, **_: [1.0] * len(prompts), lr=0.01)
+    report = step(parts)
+    rows = report.rollout.samples.rows
+    entropy_NT = token_logprobs(policy, rows)[1]
+    assert float(entropy_NT.sum() / rows.mask_NT.sum()) > report.tally.means()["entropy"] + 1e-3
 
 
 # --- rewards ---
@@ -324,3 +369,26 @@ def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pyte
 def test_the_schedule_spans_the_run_however_many_updates_a_step_takes(mu: int, tmp_path: Path) -> None:
     lines = train_lines(tmp_path, mu=mu, max_steps=4, lr=1e-3, lr_schedule="linear", eval_problems=0)
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize(("attempts", "replaced"), [(0, 0), (2, 4)])
+def test_a_run_draws_further_prompts_where_dynamic_sampling_asks_for_them(
+    attempts: int, replaced: int, tmp_path: Path
+) -> None:
+    """An untrained model is never right: both groups of a step are equal, and so are all that replace them."""
+    lines = train_lines(tmp_path, dynamic_sampling=attempts, max_steps=2)
+    assert [line["replaced_groups"] for line in lines] == [replaced] * 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    questions = list(dict.fromkeys(record["question"] for record in records))
+    task = load_task(grpo_config(task="arithmetic", difficulty=1, eval_problems=2), seed=42)
+    walk = [example.question for example in task.draw(0, 4 + 2 * replaced, 42)]
+    # Each step's last two draws are what it learns.
+    assert questions == [*walk[replaced : replaced + 2], *walk[2 * replaced + 2 : 2 * replaced + 4]]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_runs_reference_follows_where_asked(every: int, tmp_path: Path) -> None:
+    moving = {"lr": 1e-2, "entropy_coef": 1.0, "max_steps": 3}  # an untrained model earns nothing
+    lines = train_lines(tmp_path, beta=0.1, ref_sync_every=every, ref_sync_mix=1.0, **moving)
+    assert lines[0]["kl"] == 0
+    assert all((line["kl"] == 0) == (every == 1) for line in lines[1:])

@@ -155,7 +155,7 @@ def all_cases() -> list[Case]:
             # The high-entropy tokens and the entropy bonus depend on the micro-batch in TRL: declared differences.
             whole = "top_entropy" in fields or "entropy_coef" in fields
             mu = 1 if "top_entropy" in fields else 2
-            cases.append(Case(loss, family, 0.1, mu, 0.7, 1 if whole else 2, fields=fields))
+            cases.append(Case(loss, family, 0.1, mu, 1.3, 1 if whole else 2, fields=fields))
     return cases
 
 
@@ -166,9 +166,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gspo", {"kl_correction": True}),
     ("dapo", {"delta": 1.8}),
     ("dapo", {"off_policy_threshold": 0.001}),
-    ("dapo", {"top_entropy": 0.4}),
+    ("dapo", {"top_entropy": 0.3}),
     ("dapo", {"entropy_coef": 0.05}),
-    ("dapo", {"entropy_coef": 0.05, "top_entropy": 0.4}),
+    ("dapo", {"entropy_coef": 0.05, "top_entropy": 0.3}),
     ("dapo", {"scale_rewards": "batch"}),
     ("dapo", {"scale_rewards": "none"}),
     ("dapo", {"reward_aggregation": "normalize_then_sum"}),

@@ -82,10 +82,14 @@ def differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float]:
 
 
 def _loss_difference(case: Case, ours: Trace, theirs: Trace) -> float:
-    """Relative where a loss is above 1. A sum over a completion's tokens counts per token, as the other losses do."""
-    named = LOSSES[case.loss].aggregation
-    tokens = ours.metrics[0]["length_mean"] if case.fields.get("aggregation", named) == "sequence_sum" else 1.0
-    return max(abs(a - b) / max(tokens, abs(b)) for a, b in zip(ours.loss, theirs.loss, strict=True))
+    """Relative to the size of the loss's terms, or to the loss where that is larger. Most terms are of size 1, an
+    advantage times a ratio; CISPO's and VESPO's are advantages times log-probabilities, of several nats, and a sum over
+    a completion's tokens has as many terms as the completion is long."""
+    loss = LOSSES[case.loss]
+    size = ours.metrics[0]["length_mean"] if loss.aggregation == "sequence_sum" else 1.0
+    if loss.token_loss in ("cispo", "vespo"):
+        size *= float(ours.logp[0][ours.mask[0]].abs().mean())
+    return max(abs(a - b) / max(size, abs(b)) for a, b in zip(ours.loss, theirs.loss, strict=True))
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

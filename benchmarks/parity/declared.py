@@ -227,7 +227,7 @@ def dropout_in_the_ratio(folder: Path) -> Declared:
     worst = [float((trace.logp[0] - trace.old_logp[0]).exp().sub(1).abs().max()) for trace in (their_trace, our_trace)]
     return Declared(
         "dropout",
-        "largest |ratio - 1| at the first update, dropout 0.1",
+        "largest abs(ratio - 1) at the first update, dropout 0.1",
         worst[0],
         worst[1],
         "TRL recomputes old log-probs with dropout on (G:2646); here dropout is off for sampler and learner",

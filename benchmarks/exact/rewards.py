@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.exact_enumeration import (
+from benchmarks.exact.enumeration import (
     Estimator,
     TableModel,
     World,
@@ -20,7 +20,7 @@ from benchmarks.exact_enumeration import (
     true_gradient,
     world,
 )
-from benchmarks.exact_table import AGGREGATIONS, COMPARED, WORD, Cell, Table, compared, language
+from benchmarks.exact.table import AGGREGATIONS, COMPARED, WORD, Cell, Table, compared, language
 from sft_core.policy import Policy
 
 SHARES = (0.02, 0.5, 0.9)  # right answers to a hard, a middling and an easy prompt
@@ -35,9 +35,8 @@ def unscaled() -> Table:
         truth = true_gradient(here, policy, reward_R)
         for G in sizes:
             for aggregation, scale in (("sequence_sum", 1), ("constant_length", here.budget)):
-                direction = Estimator(here, settings(here.budget, G, aggregation=aggregation), reward_R).direction(
-                    policy
-                )
+                config = settings(here.budget, G, aggregation=aggregation)
+                direction = Estimator(here, config, reward_R).direction(policy)
                 what = f"{name}, G = {G}, {aggregation}"
                 lines.append(compared(what, "expected reward", direction, truth, (G - 1) / G / scale))
     says = (

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from benchmarks.exact_enumeration import World, compare, table_policy, world
+from benchmarks.exact.enumeration import World, compare, table_policy, world
 from grpo_core.objective import Aggregation
 from sft_core.policy import Policy
 

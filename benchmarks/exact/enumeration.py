@@ -78,9 +78,9 @@ def gpt2_policy(vocabulary: int = 5, seed: int = 0) -> Policy:
     """A GPT-2 of one layer in float64, its weights spread widely enough that it prefers some tokens to others."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "initializer_range": 0.5}
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+        sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "initializer_range": 0.5}
+        no_dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
         model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **no_dropout, **special))
     return as_policy(model.double())
 
@@ -126,7 +126,7 @@ class World:
     def next_token_logp(self, policy: Policy) -> Tensor:
         """logp_RTV: the whole distribution that each of a row's tokens was drawn from, differentiable."""
         T = self.mask_RT.shape[1]
-        logits_RTV = policy.model(
+        logits_RTV: Tensor = policy.model(
             input_ids=self.rows.ids_NL, attention_mask=self.rows.attention_NL, logits_to_keep=T + 1
         ).logits[:, :-1]
         return logits_RTV.log_softmax(dim=-1)
@@ -230,7 +230,7 @@ class Estimator:
         everything = Samples(world.rows, [], world.truncated_R, old_RT)
         mask_RT = learned_rows(everything, self.config).mask_NT
         logp_RT, old_RT, ref_RT = (torch.where(mask_RT, part, 0.0) for part in (logp_RT, old_RT, ref_RT))
-        reward = self.reward_R[..., row_SN].unflatten(-1, (B, G))
+        reward = self.reward_R[..., row_SN].view(*self.reward_R.shape[:-1], -1, B, G)
         rows = (logp_RT[row_SN], old_RT[row_SN], ref_RT[row_SN], mask_RT[row_SN], reward)
         with float64_by_default():
             loss_S = torch.vmap(self.step_loss, in_dims=(0, 0, 0, 0, reward.dim() - 3))(*rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact_enumeration import (
+from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
@@ -21,7 +21,7 @@ from benchmarks.exact_enumeration import (
     true_gradient,
     world,
 )
-from benchmarks.exact_table import AGGREGATIONS, COMPARED, Cell, Table, compared, language
+from benchmarks.exact.table import AGGREGATIONS, COMPARED, Cell, Table, compared, language
 from grpo_core.objective import LOSSES, k3_kl
 from sft_core.policy import Policy
 
@@ -134,10 +134,9 @@ def kl_values() -> Table:
 
 
 FREE = {"epsilon_low": 1.0, "epsilon_high": 1e9}  # bounds that bind nothing
-WHOLE_RATIO = {"token_loss": "vespo", "vespo_k_pos": 1.0, "vespo_k_neg": 1.0} | {
-    "vespo_lambda_pos": 0.0,
-    "vespo_lambda_neg": 0.0,
-}
+# VESPO's phi(W) = W^k * exp(lambda * (1 - W)) made W itself
+_W_ITSELF = {"vespo_k_pos": 1.0, "vespo_lambda_pos": 0.0, "vespo_k_neg": 1.0, "vespo_lambda_neg": 0.0}
+WHOLE_RATIO = {"token_loss": "vespo"} | _W_ITSELF
 OFF_POLICY: dict[str, dict[str, Any]] = {
     "ratio of the completion": WHOLE_RATIO,
     "ratio of each token": FREE,

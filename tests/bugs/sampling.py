@@ -1,0 +1,204 @@
+"""Bugs in who samples, who learns and who is the reference: pitfalls 6, 7, 16, 19, 20, 24 and 25."""
+
+from __future__ import annotations
+
+from tests.bugs.mutation import Mutation
+
+STEP, SAMPLING, REFERENCE = "tests/test_step.py::", "tests/test_sampling.py::", "tests/test_reference.py::"
+RATIO_ONE = f"{STEP}test_the_first_update_has_ratio_exactly_one_and_the_samplers_logprobs"
+
+BUGS = [
+    Mutation(
+        6,
+        "the learner ignores the temperature",
+        "sft_core/logprobs.py",
+        "logits_NTV = logits_NTV / temperature",
+        "logits_NTV = logits_NTV / 1.0",
+        "Tokens are drawn from one distribution and learned under another: the gradient is not that of the expected "
+        "reward, and nothing in the log says so.",
+        (RATIO_ONE,),
+    ),
+    Mutation(
+        6,
+        "the reference ignores the temperature",
+        "grpo_core/reference.py",
+        """token_logprobs(self.policy, micro, temperature, entropy="none")""",
+        """token_logprobs(self.policy, micro, 1.0, entropy="none")""",
+        "The KL is not 0 at the first step and pulls the policy towards a hotter or colder self.",
+        (f"{REFERENCE}test_kl_is_zero_at_the_first_step",),
+    ),
+    Mutation(
+        6,
+        "the recorder ignores the temperature",
+        "eval/sampling.py",
+        "self.pending = scores.float() / self.temperature",
+        "self.pending = scores.float()",
+        "The sampler's log-probabilities are not those of its draws, so the comparison that would find the two bugs "
+        "above cries wolf, or is switched off.",
+        (f"{SAMPLING}test_the_sampler_records_the_logprob_that_the_learner_computes",),
+    ),
+    Mutation(
+        6,
+        "transformers' own top-k of 50",
+        "eval/sampling.py",
+        "config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)",
+        "config.update(temperature=sampling.temperature, top_k=sampling.top_k or 50, top_p=sampling.top_p)",
+        "What `generate` does unless told otherwise in many releases: everything but the 50 likeliest tokens is cut "
+        "off, while the learner scores the uncut distribution.",
+        (f"{SAMPLING}test_tokens_are_drawn_from_the_whole_vocabulary",),
+    ),
+    Mutation(
+        7,
+        "dropout on in the learner",
+        "grpo_core/train.py",
+        "        without_dropout(policy.model)\n",
+        "",
+        "The sampler has no dropout and the learner has: the ratio starts anywhere but at 1, and clipping acts on "
+        "noise.",
+        (f"{STEP}test_a_run_turns_dropout_off_in_policy_and_reference",),
+    ),
+    Mutation(
+        7,
+        "attention's dropout forgotten",
+        "sft_core/policy.py",
+        """            if "dropout" in name and isinstance(value, float):""",
+        """            if "dropout" in name and isinstance(value, float) and "attention" not in name:""",
+        "Attention layers keep their dropout as a plain number, not as a module; a loop over `nn.Dropout` misses it.",
+        (f"{STEP}test_a_model_with_dropout_samples_and_learns_one_distribution",),
+    ),
+    Mutation(
+        7,
+        "the sampler's log-probabilities as the old ones",
+        "grpo_core/step.py",
+        "old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())",
+        "old_logp_NT = old_logp.setdefault(at.start, rollout.samples.logp_NT[cut])",
+        "Computed a token at a time with a cache, they differ from the learner's by rounding: in float32 that is "
+        "little, in half precision it clips tokens in the very first update.",
+        (RATIO_ONE, "tests/test_precision.py::test_the_first_update_has_ratio_exactly_one"),
+    ),
+    Mutation(
+        7,
+        "old log-probabilities taken anew in every update",
+        "grpo_core/step.py",
+        "old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())",
+        "old_logp_NT = old_logp[at.start] = logp_NT.detach()",
+        "The ratio is 1 for ever: nothing is clipped, and mu updates run away from the samples unchecked.",
+        (f"{STEP}test_a_step_samples_once_however_many_updates_it_takes",),
+    ),
+    Mutation(
+        7,
+        "autocast in the learner alone",
+        "eval/sampling.py",
+        "with torch.inference_mode(), _ready_to_generate(policy.model), policy.precision.autocast():",
+        "with torch.inference_mode(), _ready_to_generate(policy.model):",
+        "The sampler runs in float32 and the learner in half precision: two slightly different policies, and "
+        "generation at a fraction of the speed.",
+        (f"{SAMPLING}test_the_sampler_computes_in_the_learners_precision",),
+    ),
+    Mutation(
+        16,
+        "checkpointing stays on while generating",
+        "eval/sampling.py",
+        "    model.eval()\n    model.generation_config = GenerationConfig()\n",
+        "    for module in model.modules():\n"
+        "        if isinstance(module, torch.nn.Dropout):\n"
+        "            module.eval()\n"
+        "    model.generation_config = GenerationConfig()\n",
+        "Checkpointed layers in train mode do without the cache. Older releases of transformers recompute the prefix "
+        "for each token; 5 passes one token on and nothing else, so it sees itself alone, and the samples are "
+        "nonsense.",
+        (f"{SAMPLING}test_gradient_checkpointing_changes_no_sample",),
+    ),
+    Mutation(
+        16,
+        "use_cache is off",
+        "eval/sampling.py",
+        "        do_sample=not greedy,\n",
+        "        do_sample=not greedy,\n        use_cache=False,\n",
+        "Training code sets it against a warning; left so, every token recomputes the whole prefix. Nothing is wrong "
+        "but the time, which is quadratic.",
+        (f"{SAMPLING}test_gradient_checkpointing_leaves_the_cache_on",),
+    ),
+    Mutation(
+        19,
+        "each of the mu updates samples again",
+        "grpo_core/step.py",
+        "    for _ in range(config.mu):\n        again = True\n",
+        "    for update in range(config.mu):\n"
+        "        if update:\n"
+        "            rollout, old_logp = sample_and_score(learner, examples, clock), {}\n"
+        "            rows = learned_rows(rollout.samples, config)\n"
+        "            kept_NT = kept_tokens(policy, rows, config)\n"
+        "            advantage_BG = advantages(rollout.scores, rollout.reward_BG, config)\n"
+        "            advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)\n"
+        "            weight_NT = token_weights(rows.mask_NT, config.objective.aggregation, "
+        "config.max_completion_tokens)\n"
+        "            if learner.reference:\n"
+        "                ref_logp_NT = learner.reference.logprobs(rows, config.temperature, config.micro_batch)\n"
+        "        again = True\n",
+        "It learns, but it is not the algorithm: sampling, the costly half, is paid mu times, the ratio is 1 in every "
+        "update and clipping is dead code.",
+        (f"{STEP}test_a_step_samples_once_however_many_updates_it_takes",),
+    ),
+    Mutation(
+        20,
+        "with LoRA, the reference is the base model",
+        "grpo_core/reference.py",
+        "            set_peft_model_state_dict(model, start, adapter_name=ADAPTER)\n",
+        "",
+        "A fresh adapter adds 0, so pi_ref is the model before SFT: the KL starts high and undoes what SFT taught. "
+        "`disable_adapter()` for the reference is the same bug.",
+        (f"{REFERENCE}test_kl_is_zero_at_the_first_step",),
+    ),
+    Mutation(
+        20,
+        "the reference is the policy itself",
+        "grpo_core/reference.py",
+        "model=copy.deepcopy(policy.model).requires_grad_(False).eval())",
+        "model=policy.model)",
+        "Not copied, it moves along: the KL is 0 for ever and holds nothing.",
+        (f"{REFERENCE}test_kl_is_positive_once_the_policy_has_moved",),
+    ),
+    Mutation(
+        20,
+        "the reference's adapter stays active",
+        "grpo_core/reference.py",
+        """        finally:
+            model.set_adapter("default")
+""",
+        """        finally:
+            pass
+""",
+        "After the first look at the reference every gradient goes to the frozen adapter, or nowhere.",
+        (f"{REFERENCE}test_holding_and_asking_a_reference_changes_nothing_about_the_policy",),
+    ),
+    Mutation(
+        24,
+        "sampling in train mode",
+        "eval/sampling.py",
+        "    model.eval()\n    model.generation_config = GenerationConfig()\n",
+        "    model.generation_config = GenerationConfig()\n",
+        "With dropout, each token is drawn from another random thinning of the policy.",
+        (f"{SAMPLING}test_dropout_is_off_while_sampling",),
+    ),
+    Mutation(
+        24,
+        "the mode is not put back",
+        "eval/sampling.py",
+        "        model.train(was_training)\n",
+        "        model.eval()\n",
+        "After the first sampling the learner is in eval mode: gradient checkpointing silently stops, and memory runs "
+        "out.",
+        (f"{SAMPLING}test_sampling_happens_in_eval_mode_and_restores_the_mode",),
+    ),
+    Mutation(
+        25,
+        "the model's generation settings are inherited",
+        "eval/sampling.py",
+        "    model.generation_config = GenerationConfig()\n    try:",
+        "    try:",
+        "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "
+        "samples are no longer the policy's.",
+        (f"{SAMPLING}test_the_models_own_generation_settings_are_not_inherited",),
+    ),
+]
