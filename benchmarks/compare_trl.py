@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "",
             "`G` is trl/trainer/grpo_trainer.py, `C` grpo_config.py.",
             "",
-            f"`python -m benchmarks.compare_trl` with trl {version('trl')}, transformers {version('transformers')}, torch {torch.__version__}; "
-            f"{time.perf_counter() - started:.0f} s on one CPU thread.",
+            f"`python -m benchmarks.compare_trl` with trl {version('trl')}, transformers {version('transformers')}, "
+            f"torch {torch.__version__}; {time.perf_counter() - started:.0f} s on one CPU thread.",
         ]
     )
     print(report)
