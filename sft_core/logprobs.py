@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from sft_core.packing import pack
-from sft_core.policy import Policy, is_adapted
+from sft_core.policy import Policy
 from sft_core.rows import Rows
 
 Entropy = Literal["none", "value", "gradient"]
@@ -48,7 +48,7 @@ def token_logprobs(
 
 def backbone_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """The model without its output head, and the head: hidden states to logits."""
-    inner = model.get_base_model() if is_adapted(model) else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
     head, config = inner.get_output_embeddings(), inner.config
     cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
 
@@ -87,7 +87,7 @@ def _scores(
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
             return logp, _entropy(logits)
 
-    vocabulary = policy.model.config.get_text_config().vocab_size
+    vocabulary = policy.model.config.vocab_size
     size = max(1, policy.logit_chunk // vocabulary) if policy.logit_chunk else max(1, len(token_M))
     parts = [
         checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
