@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma2Config, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
 
 import sft_core.packing
 from sft_core.logprobs import token_logprobs
 from sft_core.packing import pack
-from sft_core.policy import Policy
+from sft_core.policy import Policy, attends_to_everything
 from sft_core.rows import Rows, pack_rows
 from tests.helpers import FAMILIES, Family, forward_calls, largest_difference, tiny_policy
 
@@ -109,3 +110,20 @@ def test_a_groups_prompt_is_encoded_once() -> None:
         token_logprobs(policy, rows())
         token_logprobs(replace(policy, share_prompts=False), rows())
     assert [tuple(call["input_ids"].shape) for call in calls] == [(3, 9), (6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("config", "everything"),
+    [
+        (Qwen2Config(), True),
+        (GPT2Config(), True),
+        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1), False),
+        (MistralConfig(sliding_window=8), False),
+        (MistralConfig(sliding_window=None), True),
+        (Gemma2Config(), False),
+        (MambaConfig(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_prompts_are_shared_only_where_a_mask_can_keep_completions_apart(config: Any, everything: bool) -> None:
+    assert attends_to_everything(config) == everything

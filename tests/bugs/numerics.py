@@ -81,8 +81,8 @@ BUGS = [
         "sft_core/logprobs.py",
         "checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)",
         "of_chunk(*chunk)",
-        "The logits of all chunks are kept for the backward pass: 608 KB a token with Qwen2.5's vocabulary, several times "
-        "over. The chunks cost time and save nothing.",
+        "The logits of all chunks are kept for the backward pass: 608 KB a token with Qwen2.5's vocabulary, several "
+        "times over. The chunks cost time and save nothing.",
         ("tests/test_logprobs.py::test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_vocabulary",),
     ),
     Mutation(

@@ -66,8 +66,8 @@ BUGS = [
         "sft_core/packing.py",
         "(causal & ((key == 0) | (key == query)))",
         "(causal & (key >= 0))",
-        "Each completion is scored as if the ones packed before it had been said: ratios start far from what was sampled, "
-        "and nothing but the sampler's own log-probabilities shows it.",
+        "Each completion is scored as if the ones packed before it had been said: what is learned is far from what was "
+        "sampled, and nothing but the sampler's own log-probabilities shows it.",
         (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
     ),
     Mutation(
@@ -76,8 +76,8 @@ BUGS = [
         "sft_core/packing.py",
         "position_RL[row, at:end] = torch.arange(len(prompt), len(prompt) + len(completion))",
         "position_RL[row, at:end] = torch.arange(at, end)",
-        "Every completion but the first seems to stand far behind its prompt: right for the first row of a group, wrong "
-        "for the others.",
+        "Every completion but the first seems to stand far behind its prompt: right for the first row of a group, "
+        "wrong for the others.",
         (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
     ),
     Mutation(
