@@ -75,6 +75,8 @@ class ModelConfig:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
+    share_prompts: bool = flag(True, "encode the prompt of a group once in the learner; same gradient, less time")
+    logit_chunk: int = flag(2**24, "logits that exist at once in the learner (2**24: 64 MB); same gradient; 0: all")
 
     def check(self) -> None:
         require(
@@ -98,6 +100,7 @@ class ModelConfig:
         require(
             not self.lora or find_spec("peft") is not None, "lora", self.lora, "the peft package: pip install '.[lora]'"
         )
+        require(self.logit_chunk >= 0, "logit_chunk", self.logit_chunk, "0 or more")
         require(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         pick_device(self.device)

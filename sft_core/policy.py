@@ -31,6 +31,8 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
+    share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
+    logit_chunk: int = 2**24  # logits that exist at once in the learner: 64 MB in float32; 0: all
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +100,17 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     if source.adapter is not None or config.lora:
         model = _adapt(model, config, source)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    return Policy(model.to(device).eval(), tokenizer, pick_precision(config.precision, device), eos_ids, pad_id)
+    precision = pick_precision(config.precision, device)
+    model = model.to(device).eval()
+    share_prompts = config.share_prompts and attends_to_everything(model.config)
+    return Policy(model, tokenizer, precision, eos_ids, pad_id, share_prompts, config.logit_chunk)
+
+
+def attends_to_everything(config: Any) -> bool:
+    """Whether every layer is attention over the whole text, which a mask can cut to one prompt and one completion: not
+    so with sliding windows, recurrent states or convolutions."""
+    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
+    return hasattr(config, "num_attention_heads") and all(kind.startswith("full") for kind in kinds)
 
 
 def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
 from sft_core.cli import parse_config
+from sft_core.logprobs import backbone_and_head
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
 from sft_core.precision import pick_precision
@@ -272,9 +273,15 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 
 @contextmanager
 def forward_calls(model: Any) -> Iterator[list[dict[str, Any]]]:
-    """The keyword arguments of every call of the model while the block runs."""
+    """The arguments of every call of the model's backbone while the block runs: the sampler calls it through the model,
+    the learner by itself."""
     calls: list[dict[str, Any]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    backbone, _ = backbone_and_head(model)
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs | ({"input_ids": args[0]} if args else {}))
+
+    handle = backbone.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield calls
     finally:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import sft_core.logprobs
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.losses import kept_tokens
@@ -138,12 +137,20 @@ def test_microbatching_leaves_the_choice_of_high_entropy_tokens_unchanged_in_flo
         assert torch.equal(one_by_one, whole) and torch.equal(by_threes, whole)
 
 
-@pytest.mark.parametrize("case", ["dapo", "entropy_coef", "top_entropy"])
-def test_the_size_of_entropy_chunks_changes_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases
+def test_the_number_of_logits_at_once_changes_nothing(case: str) -> None:
     expected = in_one_batch("qwen2", case)
-    for logits in (1, 3 * 375):  # one token at once, three
-        monkeypatch.setattr(sft_core.logprobs, "ENTROPY_CHUNK", logits)
-        assert_equal(outcome(policy_of("qwen2"), config_of(case), samples_of("qwen2")), expected)
+    for logit_chunk in (0, 1, 3 * 375):  # all, one token at once, three
+        policy = replace(policy_of("qwen2"), logit_chunk=logit_chunk)
+        assert_equal(outcome(policy, config_of(case), samples_of("qwen2")), expected)
+
+
+@cases
+@families
+def test_encoding_each_prompt_once_changes_nothing(case: str, family: Family) -> None:
+    alone = replace(policy_of(family), share_prompts=False)
+    expected = outcome(alone, config_of(case), samples_of(family))
+    assert_equal(outcome(policy_of(family), config_of(case), samples_of(family)), expected)
 
 
 # --- order ---

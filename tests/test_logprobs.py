@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import sft_core.logprobs
 from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy
 from sft_core.rows import Rows
-from tests.helpers import FAMILIES, Family, random_rows, tiny_policy, widened
+from tests.helpers import FAMILIES, Family, largest_difference, random_rows, tiny_policy, widened
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -41,14 +40,15 @@ def own(values_NT: Tensor, rows: Rows) -> Tensor:
 
 @contextmanager
 def caught_logits(policy: Policy) -> Iterator[list[Tensor]]:
-    """The logits that the model hands out while the block runs, with their gradients kept."""
+    """The logits that the head hands out while the block runs, with their gradients kept: those of all own tokens,
+    row by row, where the policy does not compute them in chunks."""
     caught: list[Tensor] = []
 
-    def catch(module: Any, args: Any, output: Any) -> None:
-        output.logits.retain_grad()
-        caught.append(output.logits)
+    def catch(module: Any, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        caught.append(output)
 
-    handle = policy.model.register_forward_hook(catch)
+    handle = policy.model.get_output_embeddings().register_forward_hook(catch)
     yield caught
     handle.remove()
 
@@ -85,70 +85,28 @@ def test_what_stands_in_the_padding_changes_no_logprob(family: Family) -> None:
 
 
 @families
-def test_leaving_the_attention_mask_out_would_be_seen(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail: left padding that is attended to moves the log-probabilities."""
-    policy = tiny_policy(family)
-    rows = random_rows(policy)
-    expected = token_logprobs(policy, rows)[0]
-    monkeypatch.setattr(Rows, "attention_NL", property(lambda self: torch.ones_like(self.ids_NL)))
-    assert (token_logprobs(policy, rows)[0] - expected).abs().max() > 0.1
-
-
-def test_absolute_positions_that_count_padding_would_be_seen() -> None:
-    policy = tiny_policy("gpt2")
-    rows = random_rows(policy)
-    expected = token_logprobs(policy, rows)[0]
-
-    def drop_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "position_ids": None}
-
-    policy.model.register_forward_pre_hook(drop_positions, with_kwargs=True)
-    assert (token_logprobs(policy, rows)[0] - expected).abs().max() > 0.1
-
-
-@families
 def test_the_stop_token_is_trained(family: Family) -> None:
-    policy = replace(tiny_policy(family), pad_id=2)  # padded with the end-of-sequence id itself
+    policy = replace(tiny_policy(family), pad_id=2, logit_chunk=0)  # padded with the end-of-sequence id itself
     rows = random_rows(policy, (4, 7, 2), (5, 1, 8))
     (eos,) = policy.eos_ids
     with caught_logits(policy) as logits:
         token_logprobs(policy, rows)[0].sum().backward()
-    gradient_NTV = logits[0].grad[:, :-1]
-    for row, stop in enumerate((4, 0, 7)):
-        chance = logits[0][row, stop].softmax(dim=-1)[eos]
+    assert logits[0].shape[0] == 5 + 1 + 8  # the same id as padding is not trained
+    for stop in (4, 5, 13):
+        chance = logits[0][stop].softmax(dim=-1)[eos]
         # d log p(eos) / d logit(eos) = 1 - p(eos)
-        torch.testing.assert_close(gradient_NTV[row, stop, eos], 1 - chance)
-        assert gradient_NTV[row, stop + 1 :].abs().sum() == 0  # the same id as padding is not trained
+        torch.testing.assert_close(logits[0].grad[stop, eos], 1 - chance)
 
 
-def test_padding_has_exactly_zero_logprob_entropy_and_gradient() -> None:
-    policy = tiny_policy()
+def test_padding_has_exactly_zero_logprob_and_entropy_and_every_other_token_a_gradient() -> None:
+    policy = replace(tiny_policy(), logit_chunk=0)
     rows = random_rows(policy)
     with caught_logits(policy) as logits:
         logp_NT, entropy_NT = token_logprobs(policy, rows)
         (logp_NT.exp().sum() + (3 * logp_NT).sum()).backward()
     assert (logp_NT[~rows.mask_NT] == 0).all() and (entropy_NT[~rows.mask_NT] == 0).all()
-    gradient_NTV = logits[0].grad[:, :-1]
-    assert (gradient_NTV[~rows.mask_NT] == 0).all()
-    assert (gradient_NTV[rows.mask_NT].abs().sum(dim=-1) > 0).all()
-
-
-def test_an_impossible_token_in_the_padding_changes_nothing() -> None:
-    """Its log-probability is -inf, and 0 times that would be NaN."""
-    policy, impossible = tiny_policy(), 1  # a special token, which no row holds
-    rows = widened(random_rows(policy), 2, 2, filler=impossible)
-    expected = own(token_logprobs(policy, rows, entropy="none")[0], rows)
-
-    def forbid(module: Any, args: Any, output: Any) -> Any:
-        output.logits = output.logits.index_fill(-1, torch.tensor([impossible]), -torch.inf)
-        return output
-
-    policy.model.register_forward_hook(forbid)
-    logp_NT, _ = token_logprobs(policy, rows, entropy="none")
-    assert (logp_NT[~rows.mask_NT] == 0).all()
-    torch.testing.assert_close(own(logp_NT, rows), expected, rtol=0.1, atol=0.1)
-    logp_NT.sum().backward()
-    assert all(p.grad.isfinite().all() for _, p in policy.trainable())
+    assert logits[0].shape[0] == int(rows.mask_NT.sum())
+    assert (logits[0].grad.abs().sum(dim=-1) > 0).all()
 
 
 def test_the_temperature_matters_to_every_token() -> None:
@@ -164,13 +122,54 @@ def test_entropy_carries_no_gradient() -> None:
     assert logp_NT.requires_grad and not entropy_NT.requires_grad
 
 
-def test_entropy_is_the_same_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy(dtype=torch.float64)
-    rows = random_rows(policy, (4, 7, 2, 3), (5, 1, 8, 2))
-    whole = token_logprobs(policy, rows, 0.7)[1]
-    for rows_at_once in (1, 3):
-        monkeypatch.setattr(sft_core.logprobs, "ENTROPY_CHUNK", rows_at_once * 8 * len(policy.tokenizer))
-        torch.testing.assert_close(token_logprobs(policy, rows, 0.7)[1], whole, rtol=0, atol=1e-12)
+@families
+@pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
+def test_logits_in_chunks_of_any_size_leave_results_and_gradient_unchanged(family: Family, entropy: Any) -> None:
+    rows = random_rows(tiny_policy(family), (4, 7, 2, 3), (5, 1, 8, 2))
+
+    def learned(tokens_at_once: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        policy = tiny_policy(family, torch.float64)
+        policy = replace(policy, logit_chunk=tokens_at_once * len(policy.tokenizer))
+        logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7, entropy)
+        (logp_NT.square().sum() + entropy_NT.exp().sum()).backward()
+        return logp_NT.detach(), entropy_NT.detach(), {name: p.grad for name, p in policy.trainable()}
+
+    logp_NT, entropy_NT, gradient = learned(0)
+    for tokens_at_once in (1, 3, 16, 1000):
+        found = learned(tokens_at_once)
+        torch.testing.assert_close(found[0], logp_NT, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[1], entropy_NT, rtol=0, atol=1e-12)
+        assert largest_difference(found[2], gradient) < 1e-10
+
+
+def saved_bytes(policy: Policy, rows: Rows) -> int:
+    """What the forward pass keeps for the backward pass, each storage once, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = token_logprobs(policy, rows, 0.7)[0]
+    assert held.requires_grad
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_vocabulary() -> None:
+    small, large = 375, 8 * 375
+    rows = random_rows(tiny_policy(), (4, 7, 2), (20, 30, 16))
+    tokens = int(rows.mask_NT.sum())
+
+    def kept(vocabulary: int, logit_chunk: int) -> int:
+        return saved_bytes(replace(tiny_policy(vocab_size=vocabulary), logit_chunk=logit_chunk), rows)
+
+    assert abs(kept(large, 10 * large) - kept(small, 10 * small)) < 1000
+    whole = kept(large, 0) - kept(small, 0)
+    assert whole >= tokens * (large - small) * 4  # without chunks at least one float32 copy of all logits
 
 
 def test_leaving_the_entropy_out_changes_no_logprob() -> None:
@@ -181,24 +180,24 @@ def test_leaving_the_entropy_out_changes_no_logprob() -> None:
     assert entropy_NT.shape == logp_NT.shape and not entropy_NT.any() and not entropy_NT.requires_grad
 
 
-def test_the_head_runs_on_completion_positions_only() -> None:
+def test_the_head_runs_on_the_completions_own_tokens_only() -> None:
     policy = tiny_policy()
     with caught_logits(policy) as logits:
         token_logprobs(policy, random_rows(policy, (30, 40), (2, 3)))
-    assert logits[0].shape[:2] == (2, 3 + 1)
+    assert [chunk.shape[0] for chunk in logits] == [2 + 3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_log_softmax_is_float32_under_autocast(precision: Any) -> None:
-    policy = tiny_policy(precision=precision)
+    policy = replace(tiny_policy(precision=precision), logit_chunk=0)
     rows = random_rows(policy)
     with caught_logits(policy) as logits:
         logp_NT, entropy_NT = token_logprobs(policy, rows, 0.7)
     assert logits[0].dtype == policy.precision.autocast_dtype  # the matrix products did run in half precision
     assert logp_NT.dtype == entropy_NT.dtype == torch.float32
-    exact_NTV = (logits[0][:, :-1].double() / 0.7).log_softmax(dim=-1)
-    exact_NT = exact_NTV.gather(-1, rows.completion_NT[..., None]).squeeze(-1)
-    torch.testing.assert_close(own(logp_NT, rows).double(), own(exact_NT, rows), rtol=0, atol=1e-5)
+    exact_MV = (logits[0].double() / 0.7).log_softmax(dim=-1)
+    exact_M = exact_MV.gather(-1, own(rows.completion_NT, rows)[:, None]).squeeze(-1)
+    torch.testing.assert_close(own(logp_NT, rows).double(), exact_M, rtol=0, atol=1e-5)
 
 
 def test_scoring_leaves_the_rows_unchanged() -> None:

@@ -242,7 +242,8 @@ def test_gradient_checkpointing_changes_no_sample(family: Family) -> None:
 def test_the_sampler_computes_in_the_learners_precision(precision: Any) -> None:
     policy = tiny_policy(precision=precision)
     seen = []
-    policy.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.dtype))
+    head = policy.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     rows = seeded(policy).rows
     sampled, seen[:] = set(seen), []
     token_logprobs(policy, rows)

@@ -42,28 +42,36 @@ class TableModel(nn.Module):
     """A language model without a network: one row of logits for every prefix, the prompt (one token) included.
 
     Prefixes are numbered level by level: with V tokens and B prompts, 0 .. B - 1 are the prompts alone, the next B * V
-    the prompts with one token, and so on. It answers the call that `token_logprobs` makes of a transformers model.
+    the prompts with one token, and so on. To `token_logprobs` it is a transformers model whose hidden states are the
+    logits and whose head does nothing.
     """
+
+    base_model_prefix = "table"
 
     def __init__(self, logits_KV: Tensor, prompts: int) -> None:
         super().__init__()
         self.logits_KV, self.prompts = nn.Parameter(logits_KV), prompts  # K prefixes
+        self.config = SimpleNamespace(vocab_size=logits_KV.shape[1])
+
+    def get_output_embeddings(self) -> nn.Module:
+        return nn.Identity()
 
     @property
     def dtype(self) -> torch.dtype:
         return self.logits_KV.dtype
 
     def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table(input_ids).last_hidden_state[:, -logits_to_keep:])
+
+    def table(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         K, V = self.logits_KV.shape
         within, first, prefixes = input_ids[:, 0], 0, [input_ids[:, 0]]
         for level in range(input_ids.shape[1] - 1):
             first += self.prompts * V**level
             within = within * V + input_ids[:, level + 1]
             prefixes.append(first + within)
-        # After the budget's last token nothing is predicted: that prefix has no row, and its logits are cut off.
-        return SimpleNamespace(
-            logits=self.logits_KV[torch.stack(prefixes, dim=1).clamp(max=K - 1)][:, -logits_to_keep:]
-        )
+        # After the budget's last token nothing is predicted: that prefix has no row, and its logits are not used.
+        return SimpleNamespace(last_hidden_state=self.logits_KV[torch.stack(prefixes, dim=1).clamp(max=K - 1)])
 
 
 def table_policy(vocabulary: int, budget: int, prompts: int = 1, seed: int = 0, spread: float = 1.0) -> Policy:
@@ -86,7 +94,8 @@ def gpt2_policy(vocabulary: int = 5, seed: int = 0) -> Policy:
 
 
 def as_policy(model: Any) -> Policy:
-    return Policy(model.eval(), None, pick_precision("float32", torch.device("cpu")), (EOS,), EOS)
+    precision = pick_precision("float32", torch.device("cpu"))
+    return Policy(model.eval(), None, precision, (EOS,), EOS, share_prompts=False)  # the table reads prefixes
 
 
 def moved(policy: Policy, distance: float, seed: int = 1) -> Policy:

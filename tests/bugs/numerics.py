@@ -70,10 +70,20 @@ BUGS = [
         14,
         "log-softmax in half precision",
         "sft_core/logprobs.py",
-        "    logits_NTV = logits_NTV.to(torch.promote_types(logits_NTV.dtype, torch.float32))\n",
+        "        logits = logits.to(policy.logp_dtype)\n",
         "",
         "fp16 log-probabilities are 0.005 off, bf16 ones more; ratios and KL are made of their differences.",
         ("tests/test_logprobs.py::test_log_softmax_is_float32_under_autocast",),
+    ),
+    Mutation(
+        15,
+        "chunks without recomputing",
+        "sft_core/logprobs.py",
+        "checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)",
+        "of_chunk(*chunk)",
+        "The logits of all chunks are kept for the backward pass: 608 KB a token with Qwen2.5's vocabulary, several "
+        "times over. The chunks cost time and save nothing.",
+        ("tests/test_logprobs.py::test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_vocabulary",),
     ),
     Mutation(
         14,

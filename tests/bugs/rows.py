@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.bugs.mutation import Mutation
 
 ROWS, LOGPROBS, STEP = "tests/test_rows.py::", "tests/test_logprobs.py::", "tests/test_step.py::"
+PACKING = "tests/test_packing.py::"
 OBJECTIVE, SAMPLING, SFT = "tests/test_objective.py::", "tests/test_sampling.py::", "tests/test_sft.py::"
 
 BUGS = [
@@ -61,22 +62,23 @@ BUGS = [
     ),
     Mutation(
         4,
-        "the learner leaves the attention mask out",
-        "sft_core/logprobs.py",
-        "attention_mask=attention_NL,",
-        "attention_mask=torch.ones_like(attention_NL),",
-        "Left padding is attended to: log-probabilities are 0.14 nats off on a tiny Qwen2, differently in each batch.",
-        (f"{LOGPROBS}test_rows_in_a_padded_batch_score_as_each_row_alone",),
+        "completions that share a prompt see one another",
+        "sft_core/packing.py",
+        "(causal & ((key == 0) | (key == query)))",
+        "(causal & (key >= 0))",
+        "Each completion is scored as if the ones packed before it had been said: what is learned is far from what was "
+        "sampled, and nothing but the sampler's own log-probabilities shows it.",
+        (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
     ),
     Mutation(
         4,
-        "positions count the padding",
-        "sft_core/logprobs.py",
-        "position_NL = (attention_NL.cumsum(dim=1) - 1).clamp(min=0)",
-        "position_NL = torch.arange(attention_NL.shape[1], device=attention_NL.device).expand_as(attention_NL)",
-        "No test on a rotary model can notice: those see differences only. A model with absolute positions, such as "
-        "GPT-2, reads a shifted text.",
-        (f"{LOGPROBS}test_rows_in_a_padded_batch_score_as_each_row_alone",),
+        "positions go on counting through the group",
+        "sft_core/packing.py",
+        "position_RL[row, at:end] = torch.arange(len(prompt), len(prompt) + len(completion))",
+        "position_RL[row, at:end] = torch.arange(at, end)",
+        "Every completion but the first seems to stand far behind its prompt: right for the first row of a group, "
+        "wrong for the others.",
+        (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
     ),
     Mutation(
         4,
@@ -182,21 +184,12 @@ BUGS = [
     ),
     Mutation(
         12,
-        "log-probabilities of padding are kept",
+        "padding has a log-probability",
         "sft_core/logprobs.py",
-        "return torch.where(mask_NT, logp_NT, 0.0), ",
-        "return logp_NT, ",
+        "return nothing_NT.masked_scatter(mask_NT, logp_M), ",
+        "return (nothing_NT - 100).masked_scatter(mask_NT, logp_M), ",
         "The ratio of a padding token is exp of anything. Once that overflows, its weight of 0 times inf is NaN.",
-        (f"{LOGPROBS}test_padding_has_exactly_zero_logprob_entropy_and_gradient",),
-    ),
-    Mutation(
-        12,
-        "padding multiplied by 0",
-        "sft_core/logprobs.py",
-        "return torch.where(mask_NT, logp_NT, 0.0), ",
-        "return logp_NT * mask_NT, ",
-        "Right until a padding token has probability 0: -inf times 0 is NaN, and one such row ends the run.",
-        (f"{LOGPROBS}test_an_impossible_token_in_the_padding_changes_nothing",),
+        (f"{LOGPROBS}test_padding_has_exactly_zero_logprob_and_entropy_and_every_other_token_a_gradient",),
     ),
     Mutation(
         13,

@@ -12,8 +12,8 @@ BUGS = [
         6,
         "the learner ignores the temperature",
         "sft_core/logprobs.py",
-        "logits_NTV = logits_NTV / temperature",
-        "logits_NTV = logits_NTV / 1.0",
+        "logits = logits / temperature",
+        "logits = logits / 1.0",
         "Tokens are drawn from one distribution and learned under another: the gradient is not that of the expected "
         "reward, and nothing in the log says so.",
         (RATIO_ONE,),

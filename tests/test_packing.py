@@ -1,0 +1,129 @@
+"""What `sft_core.packing` claims: one prompt, encoded once, serves all its completions, and none sees another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
+
+import sft_core.packing
+from sft_core.logprobs import token_logprobs
+from sft_core.packing import pack
+from sft_core.policy import Policy, attends_to_everything
+from sft_core.rows import Rows, pack_rows
+from tests.helpers import FAMILIES, Family, forward_calls, largest_difference, tiny_policy
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [8, 9], [8, 9], [5, 6, 7]]
+COMPLETIONS = [[10, 11, 2], [12, 2], [13], [14, 15, 16, 2], [17, 2], [18, 19]]
+
+
+def rows() -> Rows:
+    return pack_rows(PROMPTS, COMPLETIONS, pad_id=0)
+
+
+def test_a_packed_row_is_the_one_drawn_in_the_module() -> None:
+    q, a, b, c, e = 3, 4, 5, 6, 2
+    packed = pack(pack_rows([[q, q, q], [q, q, q]], [[a, b, e], [c, e]], pad_id=0), share_prompts=True)
+    assert packed.ids_RL.tolist() == [[q, q, q, a, b, e, c, e]]
+    assert packed.position_RL.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
+    drawn = sft_core.packing.__doc__.split("attention")[1].split("The token")[0].splitlines()  # type: ignore
+    seen = [[mark == "1" for mark in line.split()[:8]] for line in drawn if line.strip()]
+    assert packed.attention[0, 0].tolist() == seen
+    assert packed.predictor_M.tolist() == [2, 3, 4, 2, 6]
+
+
+def test_consecutive_rows_of_one_prompt_share_it_and_others_do_not() -> None:
+    packed = pack(rows(), share_prompts=True)
+    assert packed.ids_RL.shape == (3, 9)  # 3 + 3 + 2 + 1, 2 + 4 + 2, 3 + 2
+    assert packed.ids_RL[1].tolist() == [8, 9, 14, 15, 16, 2, 17, 2, 0]
+    alone = pack(rows(), share_prompts=False)
+    assert alone.ids_RL.shape == (6, 6) and alone.attention.dim() == 2
+
+
+def test_a_completion_without_tokens_predicts_nothing() -> None:
+    left_out = rows().without_completions(torch.tensor([True, False, False, True, True, False]))
+    packed = pack(left_out, share_prompts=True)
+    assert len(packed.predictor_M) == int(left_out.mask_NT.sum()) == 2 + 1 + 2
+
+
+@families
+def test_padding_of_a_packed_row_is_seen_by_no_token(family: Family) -> None:
+    policy = tiny_policy(family)
+    expected = token_logprobs(policy, rows())[0]
+    first, second, third = (token_logprobs(policy, rows().cut(*part))[0] for part in ((0, 3), (3, 5), (5, 6)))
+    for part, found in ((slice(0, 3), first), (slice(3, 5), second), (slice(5, 6), third)):
+        torch.testing.assert_close(expected[part, : found.shape[1]], found, rtol=0, atol=1e-5)
+
+
+def learned(policy: Policy) -> tuple[Tensor, dict[str, Tensor]]:
+    logp_NT, _ = token_logprobs(policy, rows(), 0.7)
+    logp_NT.square().sum().backward()
+    return logp_NT.detach(), {name: p.grad for name, p in policy.trainable()}
+
+
+@families
+def test_sharing_prompts_leaves_logprobs_and_gradient_unchanged(family: Family) -> None:
+    shared, gradient = learned(tiny_policy(family, torch.float64))
+    alone, expected = learned(replace(tiny_policy(family, torch.float64), share_prompts=False))
+    tolerance = 1e-12 if family == "gpt2" else 1e-5  # Qwen2's norms are float32
+    torch.testing.assert_close(shared, alone, rtol=0, atol=tolerance)
+    assert largest_difference(gradient, expected) < 1e3 * tolerance
+
+
+@families
+def test_a_completion_that_sees_another_would_be_seen(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail."""
+    policy = tiny_policy(family)
+    expected = token_logprobs(policy, rows())[0]
+
+    def causal(segment_RL: Tensor) -> Tensor:
+        R, L = segment_RL.shape
+        return torch.ones(L, L, dtype=torch.bool).tril().expand(R, 1, L, L)
+
+    monkeypatch.setattr(sft_core.packing, "_attention", causal)
+    assert (token_logprobs(policy, rows())[0] - expected).abs().max() > 0.1
+
+
+@families
+def test_positions_that_go_on_counting_would_be_seen(family: Family) -> None:
+    policy = tiny_policy(family)
+    expected = token_logprobs(policy, rows())[0]
+
+    def counted_through(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = torch.arange(kwargs["input_ids"].shape[1]).expand_as(kwargs["input_ids"])
+        return args, {**kwargs, "position_ids": positions}
+
+    backbone = policy.model.model if family == "qwen2" else policy.model.transformer
+    backbone.register_forward_pre_hook(counted_through, with_kwargs=True)
+    assert (token_logprobs(policy, rows())[0] - expected).abs().max() > 0.1
+
+
+def test_a_groups_prompt_is_encoded_once() -> None:
+    policy = tiny_policy()
+    with forward_calls(policy.model) as calls:
+        token_logprobs(policy, rows())
+        token_logprobs(replace(policy, share_prompts=False), rows())
+    assert [tuple(call["input_ids"].shape) for call in calls] == [(3, 9), (6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("config", "everything"),
+    [
+        (Qwen2Config(), True),
+        (GPT2Config(), True),
+        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1), False),
+        (MistralConfig(sliding_window=8), False),
+        (MistralConfig(sliding_window=None), True),
+        (Gemma2Config(), False),
+        (MambaConfig(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_prompts_are_shared_only_where_a_mask_can_keep_completions_apart(config: Any, everything: bool) -> None:
+    assert attends_to_everything(config) == everything
