@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,9 +74,9 @@ def compared(every: int, folder: Path) -> tuple[str, list[str]]:
     """The table of largest differences per named loss and option, and what is over its bound."""
     from benchmarks.parity import ours, theirs
     from benchmarks.parity.cases import all_cases
-    from benchmarks.parity.compare import BOUNDS, differences, moved
+    from benchmarks.parity.compare import BOUNDS, LEAST_MOVED, differences, moved, over_bound
 
-    worst: dict[str, dict[str, float]] = {}
+    worst: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
     over, least_moved = [], math.inf
     for case in tqdm(all_cases()[::every], unit="case", disable=None):
@@ -84,26 +84,21 @@ def compared(every: int, folder: Path) -> tuple[str, list[str]]:
         their_trace = theirs.run(case, config, folder)
         our_trace = ours.run(case, config, their_trace.rollouts)
         found = differences(case, our_trace, their_trace)
-        over += [
-            f"{stage} {found[stage]:.1e} > {BOUNDS[stage]:.0e} in {case}"
-            for stage in found
-            if found[stage] > BOUNDS[stage]
-        ]
+        over += [f"{stage} {found[stage]:.1e}, not up to {BOUNDS[stage]:.0e}, in {case}" for stage in over_bound(found)]
         least_moved = min(least_moved, moved(our_trace))
         kind = f"{case.loss}, {_options(case.fields)}" if case.fields else case.loss
         counts[kind] = counts.get(kind, 0) + 1
-        of_kind = worst.setdefault(kind, {})
+        of_kind = worst.setdefault(kind, {stage: [] for stage in BOUNDS})
         for stage, value in found.items():
-            of_kind[stage] = _larger(of_kind.get(stage, math.nan), value)
+            of_kind[stage] += [] if value is None else [value]
+    if least_moved < LEAST_MOVED:
+        over.append(f"weights moved by {least_moved:.1e} only, not by {LEAST_MOVED:.0e}")
 
-    overall: dict[str, float] = {}
-    for of_kind in worst.values():
-        for stage, value in of_kind.items():
-            overall[stage] = _larger(overall.get(stage, math.nan), value)
+    overall = {stage: [value for of_kind in worst.values() for value in of_kind[stage]] for stage in BOUNDS}
     rows = [["loss and option", "cases", *BOUNDS]]
     rows += [[kind, str(counts[kind]), *(_number(worst[kind][stage]) for stage in BOUNDS)] for kind in worst]
     rows += [["**largest**", str(sum(counts.values())), *(_number(overall[stage]) for stage in BOUNDS)]]
-    rows += [["bound", "", *(_number(bound) for bound in BOUNDS.values())]]
+    rows += [["bound", "", *(_number([bound]) for bound in BOUNDS.values())]]
     summary = (
         f"{sum(counts.values())} trajectories of 3 or 4 optimizer steps; in each, the weights move by at least "
         f"{least_moved:.1e}. Largest difference of any rollout, update, row, token, parameter:"
@@ -121,13 +116,10 @@ def _options(fields: dict[str, object]) -> str:
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
-
-
-def _larger(first: float, second: float) -> float:
-    values: Iterable[float] = [value for value in (first, second) if not math.isnan(value)]
-    return max(values, default=math.nan)
+def _number(values: Sequence[float]) -> str:
+    """The largest, or nothing where there is none."""
+    largest = torch.tensor(values).max().item() if values else None
+    return "" if largest is None else "0" if largest == 0 else f"{largest:.1e}"
 
 
 def _be_quiet() -> None:

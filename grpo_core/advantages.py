@@ -25,10 +25,10 @@ def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"]
     twelve 0.01s is not 0.01 and the quotient of two rounding errors is anything.
 
     Args:
-        reward_BG: float32 rewards of G completions for each of B prompts.
+        reward_BG: rewards of G completions for each of B prompts.
 
     Returns:
-        advantage_BG: float32.
+        advantage_BG: of the rewards' dtype.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]))
     tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],

@@ -13,6 +13,19 @@ from eval.sampling import Sampling
 from grpo_core.objective import LOSSES, Loss
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
 
+# Flags that only some token losses look at.
+USED_BY = {
+    "epsilon_low": ("clip",),
+    "epsilon_high": ("clip", "cispo"),
+    "delta": ("clip",),
+    "sapo_temperature_pos": ("sapo",),
+    "sapo_temperature_neg": ("sapo",),
+    "vespo_k_pos": ("vespo",),
+    "vespo_lambda_pos": ("vespo",),
+    "vespo_k_neg": ("vespo",),
+    "vespo_lambda_neg": ("vespo",),
+}
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -36,9 +49,9 @@ class ObjectiveConfig:
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = flag(
         "sum_then_normalize", "add reward functions up before or after normalising each (after: GDPO)"
     )
-    epsilon_low: float = flag(0.2, "the ratio is clipped at 1 - this (PPO)")
-    epsilon_high: float = flag(0.2, "the ratio is clipped at 1 + this (PPO; DAPO uses 0.28)")
-    delta: float = flag(0.0, "the ratio's bound where a bad token became likelier (INTELLECT-2: 4); 0: none")
+    epsilon_low: float = flag(0.2, "clip: the ratio is clipped at 1 - this (PPO; GSPO uses 3e-4)")
+    epsilon_high: float = flag(0.2, "clip, CISPO: ... and at 1 + this (PPO; DAPO uses 0.28, GSPO 4e-4)")
+    delta: float = flag(0.0, "clip: the ratio's bound where a bad token became likelier (INTELLECT-2: 4); 0: none")
     sapo_temperature_pos: float = flag(1.0, "SAPO's gate for positive advantages (the paper's)")
     sapo_temperature_neg: float = flag(1.05, "SAPO's gate for the others (the paper's)")
     vespo_k_pos: float = flag(2.0, "VESPO's power of the ratio for advantages of 0 and more (TRL)")
@@ -50,7 +63,9 @@ class ObjectiveConfig:
     ref_sync_every: int = flag(0, "optimizer steps between moves of the reference towards the policy; 0: frozen")
     ref_sync_mix: float = flag(0.6, "how far it moves: this share of the policy (TR-DPO)")
     mask_truncated: bool = flag(False, "leave completions that the budget cut off out of the loss (DAPO)")
-    top_entropy: float = flag(1.0, "learn from this share of the tokens, of highest entropy ('80/20': 0.2); 1: all")
+    top_entropy: float = flag(
+        1.0, "the advantage acts on this share of the tokens, of highest entropy ('80/20': 0.2; a further forward pass)"
+    )
     entropy_coef: float = flag(0.0, "weight of a bonus on the mean token entropy; 0: none")
     off_policy_threshold: float = flag(
         0.0, "drop rows of negative advantage that the policy has left by more nats a token (DeepSeek-V3.2); 0: none"
@@ -100,6 +115,15 @@ class ObjectiveConfig:
             self.scale_rewards,
             "group: --reward_aggregation normalize_then_sum divides by the spreads of groups, then of the batch",
         )
+        kind = self.objective.token_loss
+        for name, kinds in USED_BY.items():
+            default = type(self).__dataclass_fields__[name].default
+            require(
+                kind in kinds or getattr(self, name) == default,
+                name,
+                getattr(self, name),
+                f"{default}, its default: the token loss {kind} does not use it ({', '.join(kinds)} does)",
+            )
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,10 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     dynamic_sampling: int = flag(
         0, "times that groups of equal rewards are replaced by groups of further prompts (DAPO); 0: never"
     )
-    mu: int = flag(1, "optimizer steps on each batch of samples (1: DeepSeekMath, TRL)")
+    mu: int = flag(
+        1,
+        "optimizer steps on each batch of samples (1: DeepSeekMath, TRL). At 1 the ratio is 1: nothing is ever clipped",
+    )
     shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
     eval_batch_size: int = flag(64, "held-out problems asked at once")
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
@@ -155,6 +182,19 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             "overlong_buffer",
             self.overlong_buffer,
             f"0 to --max_completion_tokens ({self.max_completion_tokens})",
+        )
+        for name in ("delta", "off_policy_threshold"):
+            require(
+                self.mu > 1 or not getattr(self, name),
+                name,
+                getattr(self, name),
+                "0 where --mu is 1: it acts on what earlier updates of the same batch have moved",
+            )
+        require(
+            not (self.dynamic_sampling and self.shuffle_rewards),
+            "dynamic_sampling",
+            self.dynamic_sampling,
+            "0 with --shuffle_rewards: the control would choose its groups by shuffled rewards",
         )
         require(
             not (self.lora or self.adapter_path) or not self.ref_sync_every or self.ref_sync_mix == 1,

@@ -9,24 +9,20 @@ from eval.sampling import Samples
 from grpo_core.advantages import decoupled_advantages, group_advantages
 from grpo_core.config import GRPOConfig
 from grpo_core.objective import clipped_surrogate, k3_kl
+from grpo_core.rollout import Rollout
 from grpo_core.variants import cispo, high_entropy_tokens, near_policy_rows, sapo, vespo
-from rewards import Scores
 from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy
 from sft_core.rows import Rows
 
 
-def advantages(scores: Scores, reward_BG: Tensor, config: GRPOConfig) -> Tensor:
+def advantages(rollout: Rollout, config: GRPOConfig) -> Tensor:
     """advantage_BG, by one of the two orders of adding up reward functions and normalising."""
     if config.reward_aggregation == "sum_then_normalize":
-        return group_advantages(reward_BG, config.scale_rewards)
-    names = list(scores.by_function)
-    value_KN = torch.tensor(
-        [[torch.nan if value is None else value for value in scores.by_function[name]] for name in names],
-        dtype=reward_BG.dtype,
-    )
-    weight_K = torch.tensor(config.reward_weights or [1.0] * len(names), dtype=reward_BG.dtype)
-    return decoupled_advantages(value_KN.view(-1, *reward_BG.shape), weight_K)
+        return group_advantages(rollout.reward_BG, config.scale_rewards)
+    scores = rollout.scores
+    weight_K = torch.tensor([scores.weights.get(name, 1.0) for name in scores.by_function], dtype=torch.float64)
+    return decoupled_advantages(rollout.value_KBG, weight_K)
 
 
 def learned_rows(samples: Samples, config: GRPOConfig) -> Rows:
@@ -81,10 +77,11 @@ def kl_penalty(ratio: Tensor, logp_NT: Tensor, ref_logp_NT: Tensor, config: GRPO
     """k3 of each token.
 
     On-policy its mean gradient is that of KL(pi_ref || pi_theta) over the next token, at each prefix that was sampled.
-    With `kl_correction` it is multiplied by the ratio, whose own gradient turns it into that of KL(pi_theta || pi_ref),
-    also where the ratio's value is 1, and keeps it so off-policy (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's
-    default, grpo_trainer.py 1.16.0, line 3105). Neither counts that the policy chooses its own prefixes, and both are
-    exact only under weights that do not depend on lengths: benchmarks/results/exact-gradient.md, block 4.
+    With `kl_correction` it is multiplied by the ratio; a token's own ratio has a gradient that turns it into that of
+    KL(pi_theta || pi_ref), also where the ratio's value is 1, and keeps it so off-policy (DeepSeek-V3.2, arXiv
+    2512.02556, eq. 7; TRL's default, grpo_trainer.py 1.16.0, line 3105). Neither counts that the policy chooses its own
+    prefixes, and both are exact only under weights that do not depend on lengths: benchmarks/results/exact-gradient.md,
+    block 4.
     """
     kl_NT = k3_kl(logp_NT, ref_logp_NT)
     return kl_NT * ratio if config.kl_correction else kl_NT

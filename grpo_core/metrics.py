@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import nan_std, zero_spread
+from grpo_core.advantages import nan_std
 from grpo_core.config import GRPOConfig
 from rewards import same_number
 from sft_core.prompts import FORMATS
@@ -91,25 +91,26 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Losses per update, token means, the ratio's range."""
         sums = {name: float(value) for name, value in self.sums.items()}
-        ratios = torch.stack(self.ratio_range)
-        tokens, counted = max(1.0, sums["tokens"]), max(1.0, sums["ratios"])
-        entropy = sums["entropy"] / tokens
-        least = [min(float(low) for at, low, _ in self.clipped_range if at == update) for update in range(self.updates)]
-        most = [
-            max(float(high) for at, _, high in self.clipped_range if at == update) for update in range(self.updates)
-        ]
+        tokens, counted, updates = max(1.0, sums["tokens"]), max(1.0, sums["ratios"]), range(self.updates)
+        lowest = highest = 1.0
+        least = most = [0.0]
+        if sums["ratios"]:  # else all completions were masked
+            ratios = torch.stack(self.ratio_range)
+            lowest, highest = float(ratios[:, 0].min()), float(ratios[:, 1].max())
+            least = [min(float(low) for at, low, _ in self.clipped_range if at == update) for update in updates]
+            most = [max(float(high) for at, _, high in self.clipped_range if at == update) for update in updates]
         return {
             "grpo_loss": sums["loss"] / self.updates,  # all that is differentiated
             "policy_loss": sums["policy_loss"] / self.updates,
             "kl_loss": sums["kl_loss"] / self.updates,  # before beta
             "kl": sums["kl"] / tokens,
-            "entropy": entropy,
+            "entropy": sums["entropy"] / tokens,
             "clip_ratio_low": sums["clipped_low"] / counted,
             "clip_ratio_high": sums["clipped_high"] / counted,
-            "clip_ratio_low_min": sum(least) / self.updates,  # of the completion least clipped, mean over the updates
-            "clip_ratio_high_max": sum(most) / self.updates,  # of the completion most clipped
-            "ratio_min": float(ratios[:, 0].min()),
-            "ratio_max": float(ratios[:, 1].max()),
+            "clip_ratio_low_min": sum(least) / len(least),  # of the completion least clipped, mean over the updates
+            "clip_ratio_high_max": sum(most) / len(most),  # of the completion most clipped
+            "ratio_min": lowest,
+            "ratio_max": highest,
             **self.gap,
         }
 
@@ -130,7 +131,7 @@ def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
     ended_N = lengths_N[~samples.truncated_N]
     reward_BG, advantage_BG = report.rollout.reward_BG, report.advantage_BG
     known = reward_BG[~reward_BG.isnan()]
-    flat_B = zero_spread(reward_BG)
+    flat_B = report.rollout.equal_groups(config)
     answers = zip(*extracted_and_expected(report, config), strict=True)
     correct = [bool(extracted) and same_number(extracted, expected) for extracted, expected in answers]
     record: dict[str, Any] = {

@@ -37,6 +37,22 @@ class Rollout:
     reward_BG: Tensor  # float64, on the CPU: the weighted sums of `scores`
     replaced: int = 0  # groups that were sampled and thrown away
 
+    @property
+    def value_KBG(self) -> Tensor:
+        """Each of K reward functions' values before its weight; NaN: no opinion. float64, on the CPU."""
+        values = [
+            [torch.nan if value is None else value for value in of_function]
+            for of_function in self.scores.by_function.values()
+        ]
+        return torch.tensor(values, dtype=torch.float64).view(-1, *self.reward_BG.shape)
+
+    def equal_groups(self, config: GRPOConfig) -> Tensor:
+        """True for the groups that teach nothing: those of equal rewards, or, where each reward function is normalised
+        by itself, those on which every function is of one opinion."""
+        if config.reward_aggregation == "sum_then_normalize":
+            return zero_spread(self.reward_BG)
+        return torch.stack([zero_spread(value_BG) for value_BG in self.value_KBG]).all(dim=0)
+
 
 def sample_groups(policy: Policy, examples: Sequence[Example], config: GRPOConfig) -> Samples:
     """G completions for each example, side by side: rows b * G .. b * G + G - 1 belong to example b."""
@@ -77,7 +93,7 @@ def replace_equal_groups(rollout: Rollout, learner: Learner, more: Draw, clock: 
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), bounded: groups of equal rewards teach nothing and are
     replaced by groups of further prompts, up to `dynamic_sampling` times. Those equal even then stay in the batch."""
     for _ in range(learner.config.dynamic_sampling):
-        equal_B = zero_spread(rollout.reward_BG)
+        equal_B = rollout.equal_groups(learner.config)
         if not equal_B.any():
             break
         rollout = _substituted(rollout, equal_B, sample_and_score(learner, more(int(equal_B.sum())), clock))

@@ -70,7 +70,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example], more: Draw | None =
 
     rows = learned_rows(rollout.samples, config)
     kept_NT = kept_tokens(policy, rows, config)
-    advantage_BG = advantages(rollout.scores, rollout.reward_BG, config)
+    advantage_BG = advantages(rollout, config)
     advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)
     weight_NT = token_weights(
         rows.mask_NT.to(policy.logp_dtype), config.objective.aggregation, config.max_completion_tokens

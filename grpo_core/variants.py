@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-ENTROPY_ROUNDING = 1e-4  # nats
+ENTROPY_ROUNDING = 3e-6  # nats: several roundings of a float32 log-probability
 
 
 def cispo(ratio: Tensor, logp_NT: Tensor, advantage_NT: Tensor, epsilon_high: float) -> Tensor:

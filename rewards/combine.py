@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.functions import (
@@ -49,16 +49,17 @@ class Scores:
 
     total: list[float]  # N: sum of weight x value over the functions that gave one; nan where none did
     by_function: dict[str, list[float | None]]  # name -> N values before their weight; None: no opinion on this row
+    weights: dict[str, float] = field(default_factory=dict)  # name -> weight; 1 where none is given
 
     def followed_by(self, other: Scores) -> Scores:
         """Both batches as one."""
         together = {name: values + other.by_function[name] for name, values in self.by_function.items()}
-        return Scores(self.total + other.total, together)
+        return Scores(self.total + other.total, together, self.weights)
 
     def reordered(self, rows: Sequence[int]) -> Scores:
         """The numbered rows, in this order."""
         by_function = {name: [values[row] for row in rows] for name, values in self.by_function.items()}
-        return Scores([self.total[row] for row in rows], by_function)
+        return Scores([self.total[row] for row in rows], by_function, self.weights)
 
 
 def load_reward(name: str) -> RewardFunction:
@@ -163,7 +164,7 @@ def score(
         weighted = [weight * value for weight, value in terms if value is not None]
         # A sum over nothing would be 0, which says "worthless" where the functions said "no opinion".
         total.append(sum(weighted) if weighted else math.nan)
-    return Scores(total, by_function)
+    return Scores(total, by_function, {reward.name: reward.weight for reward in rewards})
 
 
 def check_signatures(rewards: Sequence[Reward], columns: Sequence[str]) -> None:

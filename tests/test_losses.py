@@ -17,7 +17,7 @@ from grpo_core.advantages import decoupled_advantages, group_advantages
 from grpo_core.config import GRPOConfig
 from grpo_core.losses import advantages, kept_tokens, kl_penalty, learned_rows, policy_loss, token_advantages
 from grpo_core.objective import LOSSES, Loss, clipped_surrogate, importance_ratio, k3_kl
-from grpo_core.rollout import sample_groups
+from grpo_core.rollout import Rollout, sample_groups
 from grpo_core.variants import cispo, near_policy_rows, sapo, vespo
 from rewards import Scores
 from sft_core.rows import pack_rows
@@ -184,14 +184,20 @@ def test_each_order_of_adding_up_and_normalising_is_reached() -> None:
     values: dict[str, list[float | None]] = {"a": [0, 10, 0, 10, None, 1], "b": [0.1, 0.0, 0.2, 0.1, 0.3, None]}
     totals = [0.2, 10.0, 0.4, 10.2, 0.6, 1.0]
     reward_BG = torch.tensor(totals, dtype=torch.float64).view(2, 3)
+
+    def rollout(weights: dict[str, float] | None = None) -> Rollout:
+        samples: Any = None  # not looked at
+        return Rollout([], samples, Scores(totals, values, weights or {}), reward_BG)
+
     for scale in ("group", "batch", "none"):
         config = grpo_config(scale_rewards=scale, reward_weights=[1.0, 2.0])
-        assert torch.equal(advantages(Scores(totals, values), reward_BG, config), group_advantages(reward_BG, scale))
+        assert torch.equal(advantages(rollout(), config), group_advantages(reward_BG, scale))
     value_KBG = torch.tensor([[v if v is not None else NAN for v in values[name]] for name in "ab"]).double()
     for weights in ([1.0, 2.0], []):
         config = grpo_config(reward_aggregation="normalize_then_sum", reward_weights=weights)
         expected = decoupled_advantages(value_KBG.view(2, 2, 3), torch.tensor(weights or [1.0, 1.0]).double())
-        torch.testing.assert_close(advantages(Scores(totals, values), reward_BG, config), expected, rtol=1e-6, atol=0)
+        found = advantages(rollout(dict(zip("ab", weights, strict=False))), config)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_decoupled_advantages_are_normalised_twice() -> None:

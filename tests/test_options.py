@@ -31,20 +31,20 @@ def test_every_choice_of_the_objective_is_reached_from_the_command_line(flag: st
 @pytest.mark.parametrize(
     ("name", "value", "more"),
     [
-        ("delta", 4.0, []),
-        ("sapo_temperature_pos", 0.5, []),
-        ("sapo_temperature_neg", 2.0, []),
-        ("vespo_k_pos", 0.0, []),
-        ("vespo_lambda_pos", 0.5, []),
-        ("vespo_k_neg", 0.5, []),
-        ("vespo_lambda_neg", 0.0, []),
+        ("delta", 4.0, ["--mu", "2"]),
+        ("sapo_temperature_pos", 0.5, ["--loss", "sapo"]),
+        ("sapo_temperature_neg", 2.0, ["--loss", "sapo"]),
+        ("vespo_k_pos", 0.0, ["--loss", "vespo"]),
+        ("vespo_lambda_pos", 0.5, ["--loss", "vespo"]),
+        ("vespo_k_neg", 0.5, ["--loss", "vespo"]),
+        ("vespo_lambda_neg", 0.0, ["--loss", "vespo"]),
         ("kl_correction", True, ["--beta", "0.1"]),
         ("ref_sync_every", 64, ["--beta", "0.1"]),
         ("ref_sync_mix", 1.0, []),
         ("mask_truncated", True, []),
         ("top_entropy", 0.2, []),
         ("entropy_coef", 0.01, []),
-        ("off_policy_threshold", 0.5, []),
+        ("off_policy_threshold", 0.5, ["--mu", "2"]),
         ("overlong_buffer", 256, []),
         ("dynamic_sampling", 3, []),
         ("shuffle_rewards", True, []),
@@ -107,5 +107,12 @@ def test_options_of_the_objective_that_exclude_or_need_each_other_say_so() -> No
     for scale in ("batch", "none"):
         message = message_of(["--reward_aggregation", "normalize_then_sum", "--scale_rewards", scale])
         assert message.startswith(f"--scale_rewards {scale}: expected group: ") and "normalize_then_sum" in message
+    assert message_of(["--loss", "cispo", "--delta", "4.0", "--mu", "2"]) == (
+        "--delta 4.0: expected 0.0, its default: the token loss cispo does not use it (clip does)"
+    )
+    assert message_of(["--loss", "vespo", "--epsilon_high", "0.3"]).endswith("(clip, cispo does)")
+    for flag in ("delta", "off_policy_threshold"):
+        assert message_of([f"--{flag}", "2.0"]).startswith(f"--{flag} 2.0: expected 0 where --mu is 1")
+    assert message_of(["--dynamic_sampling", "2", "--shuffle_rewards"]).startswith("--dynamic_sampling 2: expected 0")
     with_lora = message_of(["--lora", "--beta", "0.1", "--ref_sync_every", "5"])
     assert with_lora.startswith("--ref_sync_mix 0.6: expected 1 with LoRA")

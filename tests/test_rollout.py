@@ -16,7 +16,7 @@ from grpo_core.metrics import step_record
 from grpo_core.rollout import Rollout, sample_groups
 from grpo_core.step import StepReport, grpo_step
 from grpo_core.train import PromptSource
-from rewards import Reward, load_rewards
+from rewards import Reward, Scores, load_rewards
 from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy
 from sft_core.prompts import encode_prompt, prompt_messages
@@ -246,3 +246,14 @@ def test_shuffled_rewards_move_a_rows_values_together() -> None:
     assert scores.by_function["hundred"] == [None if value == 3 else value for value in dealt]
     assert scores.total == [value if value == 3 else 101 * value for value in dealt]  # type: ignore[operator]
     assert report.rollout.reward_BG.flatten().tolist() == scores.total
+
+
+def test_groups_that_differ_in_each_function_are_kept_though_their_sums_are_equal() -> None:
+    """Where each reward function is normalised by itself, equal sums of different values teach all the same."""
+    values: dict[str, list[float | None]] = {"a": [0, 1, 2, 3, 5, 5, 5, 5], "b": [3, 2, 1, 0, 1, 1, 1, 1]}
+    samples: Any = None  # not looked at
+    total = [3.0] * 4 + [6.0] * 4
+    rollout = Rollout([], samples, Scores(total, values), torch.tensor(total, dtype=torch.float64).view(2, 4))
+    assert rollout.equal_groups(grpo_config()).tolist() == [True, True]
+    decoupled = grpo_config(reward_aggregation="normalize_then_sum")
+    assert rollout.equal_groups(decoupled).tolist() == [False, True]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from grpo_core.objective import LOSSES
 
 # Stage -> the largest difference allowed: absolute, but relative for losses and metrics above 1, and for gradients
 # relative to the parameter's largest entry.
+LEAST_MOVED = 1e-2  # the weight that moved most: a comparison of trajectories that stand still proves nothing
 BOUNDS = {
     "masks": 0.0,
     "advantages": 2e-6,
@@ -46,10 +46,7 @@ SAME_METRICS = {
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
 }
-# Over tokens: TRL averages the averages of micro-batches, so these agree where the batch is learned in one piece.
-SAME_TOKEN_METRICS = {
-    "entropy": "entropy",
-    "kl": "kl",
+CLIP_METRICS = {
     "clip_ratio_low": "clip_ratio/low_mean",
     "clip_ratio_high": "clip_ratio/high_mean",
     "clip_ratio_low_min": "clip_ratio/low_min",
@@ -57,23 +54,20 @@ SAME_TOKEN_METRICS = {
 }
 
 
-def differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float]:
-    """Stage -> the largest difference over all rollouts or updates; nan where the stage does not occur."""
+def differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float | None]:
+    """Stage -> the largest difference over all rollouts or updates; None where the stage does not occur."""
+    metrics = metric_differences(case, ours, theirs)
     return {
-        "masks": _largest((a != b).float() for a, b in _pairs(ours.mask, theirs.mask)),
-        "advantages": _largest(a - b for a, b in _pairs(ours.advantage, theirs.advantage)),
-        "log-probs": _largest(a - b for a, b in _pairs(ours.logp, theirs.logp)),
-        "old log-probs": _largest(a - b for a, b in _pairs(ours.old_logp, theirs.old_logp))
-        if case.mu > 1
-        else math.nan,
-        "reference log-probs": _largest(a - b for a, b in _pairs(ours.ref_logp, theirs.ref_logp))
-        if case.beta
-        else math.nan,
-        "KL": _metric_differences(case, ours, theirs).get("kl", math.nan),
+        "masks": _largest(_apart(ours.mask, theirs.mask)),
+        "advantages": _largest(_apart(ours.advantage, theirs.advantage)),
+        "log-probs": _largest(_apart(ours.logp, theirs.logp)),
+        "old log-probs": _largest(_apart(ours.old_logp, theirs.old_logp)) if case.mu > 1 else None,
+        "reference log-probs": _largest(_apart(ours.ref_logp, theirs.ref_logp)) if case.beta else None,
+        "KL": metrics["kl"] if case.beta and case.accumulation == 1 else None,
         "loss": _loss_difference(case, ours, theirs),
-        "gradients": max(relative(a, b) for a, b in zip(ours.gradient, theirs.gradient, strict=True)),
-        "metrics": max(_metric_differences(case, ours, theirs).values()),
-        "weights": max(
+        "gradients": _largest(relative(a, b) for a, b in zip(ours.gradient, theirs.gradient, strict=True)),
+        "metrics": _largest(metrics.values()),
+        "weights": _largest(
             float((a[name] - b[name]).abs().max())
             for a, b in zip(ours.weights, theirs.weights, strict=True)
             for name in a
@@ -81,15 +75,20 @@ def differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float]:
     }
 
 
+def over_bound(found: dict[str, float | None]) -> list[str]:
+    """The stages whose difference is above its bound, or not a number."""
+    return [stage for stage, value in found.items() if value is not None and not value <= BOUNDS[stage]]
+
+
 def _loss_difference(case: Case, ours: Trace, theirs: Trace) -> float:
     """Relative to the size of the loss's terms, or to the loss where that is larger. Most terms are of size 1, an
     advantage times a ratio; CISPO's and VESPO's are advantages times log-probabilities, of several nats, and a sum over
     a completion's tokens has as many terms as the completion is long."""
     loss = LOSSES[case.loss]
-    size = ours.metrics[0]["length_mean"] if loss.aggregation == "sequence_sum" else 1.0
+    size = theirs.metrics[0]["completions/mean_length"] if loss.aggregation == "sequence_sum" else 1.0
     if loss.token_loss in ("cispo", "vespo"):
-        size *= float(ours.logp[0][ours.mask[0]].abs().mean())
-    return max(abs(a - b) / max(size, abs(b)) for a, b in zip(ours.loss, theirs.loss, strict=True))
+        size *= float(theirs.logp[0][theirs.mask[0]].abs().mean())
+    return _largest(abs(a - b) / max(size, abs(b)) for a, b in zip(ours.loss, theirs.loss, strict=True))
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -97,7 +96,7 @@ def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     whose gradient is rounding (below a millionth of the largest) count against the largest."""
     assert ours.keys() == theirs.keys()
     floor = max(1e-30, 1e-6 * max(float(gradient.abs().max()) for gradient in theirs.values()))
-    return max(
+    return _largest(
         float((ours[name] - theirs[name]).abs().max()) / max(float(theirs[name].abs().max()), floor) for name in theirs
     )
 
@@ -107,33 +106,44 @@ def moved(trace: Trace) -> float:
     return max(float((trace.weights[-1][name] - start).abs().max()) for name, start in trace.start.items())
 
 
-def _metric_differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float]:
-    """Metric -> its largest difference, relative where the values are above 1."""
+def metric_differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, float]:
+    """TRL's metric -> the largest difference: relative where values are above 1, and for the learning rate."""
+    found: dict[str, list[float]] = {other: [] for other in metrics_of(case).values()}
+    for mine, its in zip(ours.metrics, theirs.metrics, strict=True):
+        for name, other in metrics_of(case).items():
+            if mine[name] is None and its.get(other) is None:
+                continue  # the spread of fewer than two rewards
+            scale = max(1e-9 if other == "learning_rate" else 1.0, abs(its[other]))
+            found[other].append(abs(mine[name] - its[other]) / scale)
+    return {other: _largest(values) for other, values in found.items()}
+
+
+def metrics_of(case: Case) -> dict[str, str]:
+    """Our metric -> TRL's, for all that both must log of this case."""
     names = dict(SAME_METRICS)
+    kind = case.fields.get("token_loss", LOSSES[case.loss].token_loss)
+    level = case.fields.get("ratio_level", LOSSES[case.loss].ratio_level)
     if case.accumulation == 1:
-        names |= SAME_TOKEN_METRICS | ({"clip_ratio_high": "cispo_clip_ratio"} if case.loss == "cispo" else {})
-    if case.mask_truncated and case.fields.get("ratio_level", LOSSES[case.loss].ratio_level) == "sequence":
-        for name in ("clip_ratio_low", "clip_ratio_high"):
-            names.pop(name, None)  # TRL counts the masked completions: a declared difference
+        names |= {"entropy": "entropy"} | ({"kl": "kl"} if case.beta else {})
+        if kind == "clip" and not (case.mask_truncated and level == "sequence"):  # then masked rows count in TRL:
+            names |= CLIP_METRICS  # a declared difference
+        if kind == "cispo":
+            names |= {"clip_ratio_high": "cispo_clip_ratio"}
     if case.fields.get("scale_rewards") == "batch" or "reward_aggregation" in case.fields:
         del names["zero_variance_share"]  # TRL then looks at the batch's spread
-    found: dict[str, float] = {}
-    for mine, its in zip(ours.metrics, theirs.metrics, strict=True):
-        for name, other in names.items():
-            if other in its and mine[name] is not None:
-                scale = max(1.0, abs(its[other]))
-                found[other] = max(found.get(other, 0.0), abs(mine[name] - its[other]) / scale)
-    return found
+    return names
 
 
-def _pairs(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    """The same rollout or update of both, in one width: what is beyond the narrower one's is padding."""
+def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Iterable[float]:
+    """The largest difference within each rollout or update, in one width: what is beyond the narrower one's is
+    padding."""
     for mine, its in zip(ours, theirs, strict=True):
         if mine.dim() == 2:
             width = max(mine.shape[1], its.shape[1])
-            mine, its = (torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (mine, its))
-        yield mine, its
+            mine, its = (torch.nn.functional.pad(x.float(), (0, width - x.shape[1])) for x in (mine, its))
+        yield float((mine - its).abs().max())
 
 
-def _largest(tensors: Iterable[Tensor]) -> float:
-    return max(float(tensor.abs().max()) for tensor in tensors)
+def _largest(values: Iterable[float]) -> float:
+    """NaN where any is: nothing that is not a number may pass for small."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import ours, theirs
-from benchmarks.parity.cases import Case, Trace, equal_rewards
+from benchmarks.parity.cases import BUDGET, Case, Trace, equal_rewards
 from benchmarks.parity.compare import relative
+from grpo_core.objective import token_weights
 from sft_core.policy import load_policy
 from sft_core.source import find_source
 
@@ -67,7 +68,7 @@ def cispo_bound(folder: Path) -> Declared:
         _norm(their_trace.gradient[0]),
         _norm(our_trace.gradient[0]),
         "G:3110 bounds the weight by epsilon_high itself, so that below 1 it shrinks every token's; MiniMax-M1 (eq. 5) "
-        "by 1 + epsilon_high, as here. For TRL's bound give epsilon_high less 1",
+        "by 1 + epsilon_high, as here. TRL's bound of b, from 1 up, is epsilon_high = b - 1",
     )
 
 
@@ -80,7 +81,7 @@ def kl_times_ratio(folder: Path) -> Declared:
         "gradient norm of a second update at beta 0.1, each by its default",
         _norm(default.gradient[1]),
         _norm(our_trace.gradient[1]),
-        "C: use_bias_correction_kl is True, off in DeepSeekMath and here; `--kl_correction` turns it on",
+        "G:3104: use_bias_correction_kl is on by default, off in DeepSeekMath and here; `--kl_correction` turns it on",
     )
 
 
@@ -109,7 +110,7 @@ def window_of_dapo(folder: Path) -> Declared:
         "dapo where generation spans two optimizer steps",
         "sum of the token weights of the first of them",
         trace.window_weight[0],
-        1.0,
+        float(token_weights(trace.mask[0], "token_mean", BUDGET).sum()),
         "G:3172 scales the generation batch's token count by ga/spg instead of counting the window's own tokens; here "
         "every optimizer step learns the whole batch",
     )
@@ -141,7 +142,8 @@ def top_entropy_in_pieces(folder: Path) -> Declared:
         "the same with `top_entropy` 0.4",
         *_cut_in_two(Case(fields={"top_entropy": 0.4}), folder),
         "G:3050 takes the quantile of each micro-batch, in each update anew; here one over the step, of the policy "
-        "that sampled",
+        "that sampled. Where it falls among tokens of equal entropy (a group's first ones), rounding decides in TRL; "
+        "here all of them are kept",
     )
 
 
@@ -163,7 +165,7 @@ def entropy_metric_in_pieces(folder: Path) -> Declared:
         "change of the logged entropy when the batch is learned in two pieces",
         abs(their_trace.metrics[0]["entropy"] - their_whole.metrics[0]["entropy"]),
         abs(our_trace.metrics[0]["entropy"] - our_whole.metrics[0]["entropy"]),
-        "TRL logs the mean of the micro-batches' means (kl and clip ratios too); here the mean over tokens",
+        "G:3264 and 3311 log the mean of the micro-batches' means (kl and clip ratios too); here the mean over tokens",
     )
 
 
@@ -191,26 +193,27 @@ def advantage_of_equal_rewards(folder: Path) -> Declared:
     )
 
 
+def _error_against_rows_alone(folder: Path, case: Case, trace: Trace, logp_NT: Tensor) -> float:
+    """The largest error of the first rollout's log-probabilities against each row alone: no padding, no dropout."""
+    config = ours.configuration(case, folder)
+    model, worst = load_policy(config, find_source(config)).model, 0.0
+    for (prompt, completion), logp_T in zip(trace.rollouts[0], logp_NT, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / case.temperature
+        alone_T = logits.log_softmax(dim=-1).gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
+        worst = max(worst, float((logp_T[: len(completion)] - alone_T).abs().max()))
+    return worst
+
+
 def absolute_positions(folder: Path) -> Declared:
-    case = Case(family="gpt2", temperature=1.0)
+    case = Case(family="gpt2")
     config = ours.configuration(case, folder)
     their_trace = theirs.run(case, config, folder, ragged=True)
     our_trace = ours.run(case, config, their_trace.rollouts)
-    model = load_policy(config, find_source(config)).model
-    worst = []
-    for trace in (their_trace, our_trace):
-        error = 0.0
-        for (prompt, completion), logp_T in zip(trace.rollouts[0], trace.logp[0], strict=True):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            alone = logits.log_softmax(dim=-1).gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
-            error = max(error, float((logp_T[: len(completion)] - alone).abs().max()))
-        worst.append(error)
     return Declared(
         "left padding with absolute positions (GPT-2)",
         "largest error of a log-prob against the row alone, without padding",
-        worst[0],
-        worst[1],
+        *(_error_against_rows_alone(folder, case, trace, trace.logp[0]) for trace in (their_trace, our_trace)),
         "G:1498 passes no position ids, so padding shifts the prompt; `generate` numbers rightly, so sampler and "
         "learner part. The comparison above therefore gives GPT-2 prompts of one length",
     )
@@ -223,14 +226,14 @@ def dropout_in_the_ratio(folder: Path) -> Declared:
                 module.p = 0.1
         model.train()
 
-    their_trace, our_trace = _both(Case(family="gpt2", mu=2), folder, change_model=with_dropout)
-    worst = [float((trace.logp[0] - trace.old_logp[0]).exp().sub(1).abs().max()) for trace in (their_trace, our_trace)]
+    case = Case(family="gpt2", mu=2)
+    their_trace, our_trace = _both(case, folder, change_model=with_dropout)
     return Declared(
         "dropout",
-        "largest abs(ratio - 1) at the first update, dropout 0.1",
-        worst[0],
-        worst[1],
-        "TRL recomputes old log-probs with dropout on (G:2646); here dropout is off for sampler and learner",
+        "largest error of an old log-prob against the model without dropout, dropout 0.1",
+        *(_error_against_rows_alone(folder, case, trace, trace.old_logp[0]) for trace in (their_trace, our_trace)),
+        "TRL computes old log-probs, and then new ones, each with dropout on (G:2646); here dropout is off for sampler "
+        "and learner",
     )
 
 

@@ -52,6 +52,8 @@ SAME = {
     "lr_schedule": "lr_scheduler_type",
     "max_grad_norm": "max_grad_norm",
     "weight_decay": "weight_decay",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
     "adam_epsilon": "adam_epsilon",
 }
 
@@ -66,6 +68,7 @@ def arguments(config: Any, case: Case) -> dict[str, Any]:
     args["epsilon_high"] = config.epsilon_high + (config.loss == "cispo")
     args["delta"] = config.delta or None
     args["off_policy_mask_threshold"] = config.off_policy_threshold or None
+    args["warmup_steps"] = round(config.warmup_ratio * case.updates)
     args["sync_ref_model"] = config.ref_sync_every > 0
     args["ref_model_sync_steps"] = config.ref_sync_every or 512
     args["per_device_train_batch_size"] = case.rows // case.accumulation

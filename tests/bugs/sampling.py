@@ -129,7 +129,7 @@ BUGS = [
         "            rollout, old_logp = sample_and_score(learner, examples, clock), {}\n"
         "            rows = learned_rows(rollout.samples, config)\n"
         "            kept_NT = kept_tokens(policy, rows, config)\n"
-        "            advantage_BG = advantages(rollout.scores, rollout.reward_BG, config)\n"
+        "            advantage_BG = advantages(rollout, config)\n"
         "            advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)\n"
         "            weight_NT = token_weights(rows.mask_NT, config.objective.aggregation, "
         "config.max_completion_tokens)\n"
