@@ -8,7 +8,7 @@ all by keyword, one entry a row. A completion is a string, or a list of chat mes
 Every column of the dataset arrives under its own name as a list (`answer` is the one used here), and `**columns` takes
 whatever else the trainer passes. None means "no opinion on this row": the row's total leaves this function out.
 
-Two families, one for each way to write an answer down:
+Two families, one for each way to write an answer down, and a penalty:
 
     function                    pays           for
     correctness_reward_func     0 or 2         the right answer inside <answer>
@@ -17,6 +17,8 @@ Two families, one for each way to write an answer down:
     soft_format_reward_func     0 or 0.5       the tags in order
     xmlcount_reward_func        at most 0.5    each tag, less what is written after the last one
     numeric_reward_func         0 or 1         the right number after ####
+    soft_overlong_reward_func   -1 to 0        a length in tokens near the budget, which arrives in columns of its own
+                                               (outside this project give `max_completion_tokens`, `overlong_buffer`)
 
 The format rewards are plain string searches. The customary regular expressions forget DOTALL, so they never fire on
 reasoning of more than one line; and with DOTALL they backtrack, quadratically on hostile text.

@@ -24,7 +24,6 @@ from benchmarks.exact.enumeration import (
     arbitrary_rewards,
     compare,
     contains,
-    float64_by_default,
     gpt2_policy,
     gradient,
     moved,
@@ -88,8 +87,7 @@ def mean_gradient_of_grpo_step(estimator: Estimator, policy: Policy) -> Tensor:
         drawn = here.samples(row_N, logp_RT)
         rewards = [Reward("reward", pay)]
         parts = Learner(config, policy, reference, rewards, catcher, lambda *_, drawn=drawn: drawn)  # type: ignore
-        with float64_by_default():
-            grpo_step(parts, EXAMPLES[:B])
+        grpo_step(parts, EXAMPLES[:B])
     each = (torch.cat([g.flatten() for g in step.values()]) for step in catcher.gradients)
     return -sum((chance * step for chance, step in zip(chance_S, each, strict=True)), torch.zeros(()))
 
@@ -99,6 +97,7 @@ def mean_gradient_of_grpo_step(estimator: Estimator, policy: Policy) -> Tensor:
     [
         (1, {}),
         (1, {"loss": "dapo", "scale_rewards": "group", "beta": 0.3, "mask_truncated": True}),
+        (1, {"loss": "gspo", "beta": 0.3, "kl_correction": True}),
         (2, {"loss": "grpo", "scale_rewards": "batch"}),
     ],
 )

@@ -13,8 +13,6 @@ Shapes, beside those of `sft_core.rows`:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations_with_replacement, product
@@ -195,17 +193,6 @@ def steps(chance_BC: Tensor, G: int) -> tuple[Tensor, Tensor]:
     return row_SN, chance_S
 
 
-@contextmanager
-def float64_by_default() -> Iterator[None]:
-    """`token_weights` divides a boolean mask, and gets torch's default dtype: a float32 weight of 1/3 is 1e-8 off."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 @dataclass(frozen=True)
 class Estimator:
     """A step's loss on a world: settings, rewards and the distributions that the step compares the policy with."""
@@ -224,7 +211,7 @@ class Estimator:
         else:
             advantage_BG = group_advantages(reward, config.scale_rewards)
         advantage_NT = token_advantages(advantage_BG, mask_NT, logp_NT.dtype)
-        weight_NT = token_weights(mask_NT, config.objective.aggregation, config.max_completion_tokens)
+        weight_NT = token_weights(mask_NT.to(logp_NT.dtype), config.objective.aggregation, config.max_completion_tokens)
         ratio = importance_ratio(logp_NT, old_NT, mask_NT, config.objective.ratio_level)
         surrogate_NT = policy_loss(ratio, logp_NT, old_NT, mask_NT, advantage_NT, config)
         kl_NT = kl_penalty(ratio, logp_NT, ref_NT, config)
@@ -241,8 +228,7 @@ class Estimator:
         logp_RT, old_RT, ref_RT = (torch.where(mask_RT, part, 0.0) for part in (logp_RT, old_RT, ref_RT))
         reward = self.reward_R[..., row_SN].view(*self.reward_R.shape[:-1], -1, B, G)
         rows = (logp_RT[row_SN], old_RT[row_SN], ref_RT[row_SN], mask_RT[row_SN], reward)
-        with float64_by_default():
-            loss_S = torch.vmap(self.step_loss, in_dims=(0, 0, 0, 0, reward.dim() - 3))(*rows)
+        loss_S = torch.vmap(self.step_loss, in_dims=(0, 0, 0, 0, reward.dim() - 3))(*rows)
         return (chance_S * loss_S).sum()
 
     def direction(self, policy: Policy) -> Tensor:

@@ -183,7 +183,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dapo", {"max_grad_norm": 0.05}),
     ("dapo", {"weight_decay": 0.1}),
     ("dapo", {"lr_schedule": "cosine"}),
-    ("dapo", {"lr_schedule": "constant", "lr": 4e-3}),
-    ("dapo", {"warmup_ratio": 0.25, "lr": 7e-3}),
+    ("dapo", {"lr_schedule": "constant", "lr": 2.7e-3}),
+    ("dapo", {"warmup_ratio": 0.25, "lr": 5.2e-3}),
     ("dapo", {"adam_beta1": 0.8, "adam_beta2": 0.95}),
 ]

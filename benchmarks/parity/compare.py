@@ -11,7 +11,7 @@ from benchmarks.parity.cases import Case, Trace
 from grpo_core.objective import LOSSES
 
 # Stage -> the largest difference allowed: absolute, but relative for losses and metrics above 1, and for gradients
-# relative to the parameter's largest entry.
+# relative to the parameter's whole.
 LEAST_MOVED = 1e-2  # the weight that moved most: a comparison of trajectories that stand still proves nothing
 BOUNDS = {
     "masks": 0.0,
@@ -92,12 +92,12 @@ def _loss_difference(case: Case, ours: Trace, theirs: Trace) -> float:
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference between two gradients of one parameter over that parameter's largest entry; parameters
-    whose gradient is rounding (below a millionth of the largest) count against the largest."""
+    """The norm of the difference of two gradients of one parameter over that gradient's norm, of the parameter where it
+    is largest; parameters whose gradient is rounding (below a millionth of the largest) count against the largest."""
     assert ours.keys() == theirs.keys()
-    floor = max(1e-30, 1e-6 * max(float(gradient.abs().max()) for gradient in theirs.values()))
+    floor = max(1e-30, 1e-6 * max(float(gradient.norm()) for gradient in theirs.values()))
     return _largest(
-        float((ours[name] - theirs[name]).abs().max()) / max(float(theirs[name].abs().max()), floor) for name in theirs
+        float((ours[name] - theirs[name]).norm()) / max(float(theirs[name].norm()), floor) for name in theirs
     )
 
 
