@@ -109,7 +109,7 @@ def test_what_is_not_a_number_passes_no_stage(stage: str, folder: Path) -> None:
         ({"scale_rewards": "batch"}, {"advantages"}),
         ({"mask_truncated": False}, {"masks"}),
         ({"kl_correction": True}, {"gradients"}),
-        ({"lr": 4.2e-3}, {"weights"}),
+        ({"lr": 5.1e-3}, {"weights"}),
         ({"adam_beta1": 0.85}, {"weights"}),
         ({"reward_weights": [1.0, 0.51]}, {"advantages", "metrics"}),
     ],

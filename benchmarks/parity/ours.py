@@ -53,7 +53,7 @@ def configuration(case: Case, folder: Path) -> GRPOConfig:
             "reward_weights": REWARD_WEIGHTS,
             "precision": "float32",
             "device": "cpu",
-            "lr": 1.04e-2 / (2 if case.mu == 1 else 2.5),  # so that the linear schedule moves weights by 1e-2 in all
+            "lr": 5.2e-3 if case.mu == 1 else 5e-3,  # so that the three or four steps move weights by 1e-2
             # Adam divides by the gradient's own size, and so makes steps of the rounding errors of gradients that are
             # zero in theory (GPT-2's key biases) unless its epsilon is above them.
             "adam_epsilon": 1e-4,
