@@ -101,7 +101,9 @@ def compared(every: int, folder: Path) -> tuple[str, list[str]]:
     rows += [["bound", "", *(_number([bound]) for bound in BOUNDS.values())]]
     summary = (
         f"{sum(counts.values())} trajectories of 3 or 4 optimizer steps; in each, the weights move by at least "
-        f"{least_moved:.1e}. Largest difference of any rollout, update, row, token, parameter:"
+        f"{least_moved:.1e}. Largest difference of any rollout, update, row, token, parameter (of "
+        "gradients: the norm of a parameter's difference over its gradient's, or over 1% of the whole gradient's where "
+        "that is larger):"
     )
     return "\n".join([summary, "", markdown(rows)]), over
 

@@ -156,11 +156,16 @@ def test_the_completions_are_of_all_kinds() -> None:
         assert 1 in lengths and lengths.count(8) >= 2 and len({tuple(ids) for ids in made}) == 8
 
 
-def test_a_relative_difference_is_of_the_parameter_itself() -> None:
-    large, small = torch.tensor([1.0, -2.0]), torch.tensor([1e-3])
-    theirs = {"large": large, "small": small}
-    assert relative({"large": large + 2e-3, "small": small}, theirs) == pytest.approx(2e-3 * (2 / 5) ** 0.5, rel=1e-3)
-    assert relative({"large": large, "small": small * 1.5}, theirs) == pytest.approx(0.5)
+def test_a_relative_difference_is_of_the_parameter_itself_unless_it_is_tiny() -> None:
+    theirs = {"large": torch.tensor([3.0, -4.0]), "small": torch.tensor([0.1]), "tiny": torch.tensor([1e-6])}
+    shifted = {name: gradient.clone() for name, gradient in theirs.items()}
+    assert relative(shifted, theirs) == 0
+    shifted["large"][0] += 5e-3
+    assert relative(shifted, theirs) == pytest.approx(1e-3, rel=1e-3)
+    shifted["small"] *= 1.5
+    assert relative(shifted, theirs) == pytest.approx(0.5)
+    shifted["tiny"] *= 3
+    assert relative(shifted, theirs) == pytest.approx(0.5)
 
 
 def test_the_command_prints_its_tables_and_fails_when_a_bound_is_broken(
