@@ -92,9 +92,9 @@ def _loss_difference(case: Case, ours: Trace, theirs: Trace) -> float:
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of each parameter the norm of the difference of its two gradients, over its gradient's norm or over a hundredth of
-    the whole gradient's where that is larger; the largest of these. (Small gradients can be what large terms have left:
-    a key bias moves all scores of a query alike, which the softmax does not see, but for rotary positions.)"""
+    """Of each parameter the norm of the difference of its two gradients, over its gradient's norm, or over a hundredth
+    of the whole gradient's where that is larger; the largest of these. (Small gradients can be what large terms have
+    left: a key bias moves all scores of a query alike, which the softmax does not see, but for rotary positions.)"""
     assert ours.keys() == theirs.keys()
     whole = float(torch.stack([gradient.norm() for gradient in theirs.values()]).norm())
     floor = max(1e-30, whole / 100)
