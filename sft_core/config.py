@@ -76,7 +76,7 @@ class ModelConfig:
     precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
     share_prompts: bool = flag(True, "encode the prompt of a group once in the learner; same gradient, less time")
-    logit_chunk: int = flag(2**24, "logits that exist at once in the learner (2**24: 64 MB); same gradient; 0: all")
+    logit_chunk: int = flag(2**26, "logits that exist at once in the learner (2**26: 256 MB); same gradient; 0: all")
 
     def check(self) -> None:
         require(

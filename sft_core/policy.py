@@ -32,7 +32,7 @@ class Policy:
     eos_ids: tuple[int, ...]
     pad_id: int
     share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
-    logit_chunk: int = 2**24  # logits that exist at once in the learner: 64 MB in float32; 0: all
+    logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
 
     @property
     def device(self) -> torch.device:
