@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.tables import markdown
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit code."""
@@ -106,12 +108,6 @@ def compared(every: int, folder: Path) -> tuple[str, list[str]]:
         "that is larger):"
     )
     return "\n".join([summary, "", markdown(rows)]), over
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first row its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _options(fields: dict[str, object]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.exact.kl import kl_losses, kl_values, off_policy, variants
 from benchmarks.exact.rewards import difficulty, length_bias, normalisers, scaled, truncation, unscaled
-from benchmarks.exact.table import markdown
+from benchmarks.exact.table import block
 
 BLOCKS = (
     unscaled,
@@ -43,7 +43,7 @@ loss stands for, differentiated as a plain sum over completions.
 
 
 def report() -> str:
-    return "\n".join([HEAD, *(markdown(block()) for block in BLOCKS)])
+    return "\n".join([HEAD, *(block(table()) for table in BLOCKS)])
 
 
 def provenance() -> str:

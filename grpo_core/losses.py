@@ -11,7 +11,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.objective import clipped_surrogate, k3_kl
 from grpo_core.rollout import Rollout
 from grpo_core.variants import cispo, high_entropy_tokens, near_policy_rows, sapo, vespo
-from sft_core.logprobs import token_logprobs
+from sft_core.logprobs import scored
 from sft_core.policy import Policy
 from sft_core.rows import Rows
 
@@ -39,11 +39,7 @@ def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig) -> Tensor:
     """
     if config.top_entropy == 1:
         return rows.mask_NT
-    entropy_NT = torch.zeros_like(rows.completion_NT, dtype=torch.float32)
-    with torch.no_grad():
-        for at, micro in rows.micro_batches(config.micro_batch):
-            part_NT = token_logprobs(policy, micro, config.temperature)[1]
-            entropy_NT[at, : part_NT.shape[1]] = part_NT
+    _, entropy_NT = scored(policy, rows, config.temperature, config.micro_batch, entropy="value")
     return high_entropy_tokens(entropy_NT, rows.mask_NT, config.top_entropy)
 
 

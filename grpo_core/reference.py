@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sft_core.logprobs import token_logprobs
+from sft_core.logprobs import scored
 from sft_core.policy import Policy, is_adapted
 from sft_core.rows import Rows
 
@@ -37,15 +37,10 @@ class Reference:
         else:
             self.policy = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False).eval())
 
-    @torch.no_grad()
     def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
-        """log pi_ref of each completion token, (N, T), 0 on padding."""
-        logp_NT = torch.zeros_like(rows.completion_NT, dtype=self.policy.logp_dtype)
+        """log pi_ref of each completion token, (N, T), 0 on padding; without gradient."""
         with self._active():
-            for at, micro in rows.micro_batches(micro_batch):
-                part_NT, _ = token_logprobs(self.policy, micro, temperature, entropy="none")
-                logp_NT[at, : part_NT.shape[1]] = part_NT
-        return logp_NT
+            return scored(self.policy, rows, temperature, micro_batch, entropy="none")[0]
 
     @torch.no_grad()
     def follow(self) -> None:

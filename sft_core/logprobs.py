@@ -46,6 +46,19 @@ def token_logprobs(
     return nothing_NT.masked_scatter(mask_NT, logp_M), nothing_NT.masked_scatter(mask_NT, entropy_M)
 
 
+@torch.no_grad()
+def scored(
+    policy: Policy, rows: Rows, temperature: float, micro_batch: int, entropy: Literal["none", "value"]
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of rows too many for one pass, a micro-batch at a time, without gradient."""
+    logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
+    entropy_NT = torch.zeros_like(logp_NT)
+    for at, micro in rows.micro_batches(micro_batch):
+        cut = (at, slice(micro.completion_NT.shape[1]))
+        logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
+    return logp_NT, entropy_NT
+
+
 def backbone_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """The model without its output head, and the head: hidden states to logits."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own

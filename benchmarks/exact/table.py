@@ -8,6 +8,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from benchmarks.exact.enumeration import World, compare, table_policy, world
+from benchmarks.tables import markdown
 from grpo_core.objective import Aggregation
 from sft_core.policy import Policy
 
@@ -48,6 +49,7 @@ def written(cell: Cell) -> str:
     return "0" if abs(cell) < 1e-12 else f"{cell:.4f}"
 
 
-def markdown(table: Table) -> str:
-    rows = [table.columns, ("---",) * len(table.columns), *(tuple(map(written, line)) for line in table.lines)]
-    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(row)} |" for row in rows), "", table.says, ""])
+def block(table: Table) -> str:
+    """The table under its title, with what it says below."""
+    rows = [table.columns, *(tuple(map(written, line)) for line in table.lines)]
+    return "\n".join([f"## {table.title}", "", markdown(rows), "", table.says, ""])

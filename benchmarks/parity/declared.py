@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.parity import ours, theirs
 from benchmarks.parity.cases import BUDGET, Case, Trace, equal_rewards
 from benchmarks.parity.compare import relative
+from benchmarks.tables import markdown
 from grpo_core.objective import token_weights
 from sft_core.policy import load_policy
 from sft_core.source import find_source
@@ -35,8 +36,6 @@ class Declared:
 
 def declared_differences(folder: Path) -> str:
     """The table of all of them."""
-    from benchmarks.compare_trl import markdown
-
     rows = [["difference", "what is measured", "TRL", "here", "cause"]]
     for measure in MEASURES:
         d = measure(folder)

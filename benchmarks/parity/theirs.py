@@ -23,7 +23,6 @@ from benchmarks.parity.cases import (
     rewards,
     tokenizer,
 )
-from grpo_core.objective import LOSSES
 
 # Our flags and TRL's arguments, where the value is the same.
 SAME = {
@@ -61,9 +60,8 @@ SAME = {
 def arguments(config: Any, case: Case) -> dict[str, Any]:
     """TRL's arguments for one of our configurations."""
     args = {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
-    named = LOSSES[config.loss]
     args["loss_type"] = "grpo" if config.loss == "gspo" else config.loss
-    args["importance_sampling_level"] = config.ratio_level or named.ratio_level
+    args["importance_sampling_level"] = config.objective.ratio_level
     # CISPO's bound is epsilon_high itself there, 1 + epsilon_high here and in the paper (see the declared differences).
     args["epsilon_high"] = config.epsilon_high + (config.loss == "cispo")
     args["delta"] = config.delta or None
