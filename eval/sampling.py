@@ -3,16 +3,15 @@ distribution that the learner scores."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
+from eval.generation import generate
 from sft_core.policy import Policy
 from sft_core.rows import Rows, pack_rows, pad
 
@@ -51,30 +50,6 @@ class Samples:
         return Samples(joined, [texts[row] for row in rows], truncated_N, logp_NT)
 
 
-class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
-    """Keeps each sampled token's log-probability without keeping any step's logits.
-
-    `generate` calls it with the logits of step t; the token drawn from them is the last of `input_ids` at step t + 1.
-    It runs before the temperature is applied, hence the division here.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.pending: Tensor | None = None
-        self.logp: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.settle(input_ids[:, -1])
-        self.pending = scores.float() / self.temperature
-        return scores
-
-    def settle(self, token_N: Tensor) -> None:
-        if self.pending is not None:
-            chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
-            self.logp.append(chosen_N - self.pending.logsumexp(dim=-1))
-            self.pending = None
-
-
 def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
     """One completion for each prompt (token lists), all in one batch.
 
@@ -91,24 +66,12 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
     if not greedy:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         config.update(min_p=sampling.min_p or None)
+    completion_NT, logp_NT = generate(policy, prompts, config, sampling.temperature)
+    completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
-    P = prompt_NP.shape[1]
-    attention_NP = (torch.arange(P, device=policy.device) >= P - prompt_len_N[:, None]).long()
-    recorder = _LogprobRecorder(sampling.temperature)
-    with torch.inference_mode(), _ready_to_generate(policy.model), policy.precision.autocast():
-        ids_NL = policy.model.generate(
-            input_ids=prompt_NP,
-            attention_mask=attention_NP,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([] if greedy else [recorder]),
-        )
-        recorder.settle(ids_NL[:, -1])
-    ids_NL = ids_NL.clone()  # outside inference mode: a tensor that autograd may save
-    completion_len_N, ended_N = completion_lengths(ids_NL[:, P:], policy.eos_ids)
-    rows = Rows(ids_NL, prompt_len_N, completion_len_N, P)
-    logp_NT = torch.stack(recorder.logp, dim=1) if recorder.logp else torch.empty(len(prompts), 0)
-    if recorder.logp:
+    rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, completion_len_N, prompt_NP.shape[1])
+    if not greedy:
         logp_NT = torch.where(rows.mask_NT, logp_NT, 0.0)
     return Samples(rows, decode(policy, rows), ~ended_N, logp_NT)
 
@@ -129,17 +92,3 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
 def decode(policy: Policy, rows: Rows) -> list[str]:
     """Each completion's text without special tokens."""
     return list(policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True))
-
-
-@contextlib.contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """In eval mode, so that dropout is off and gradient checkpointing does not disable the cache, and with an empty
-    generation config on the model: `generate` fills whatever ours leaves unset from the model's."""
-    was_training, shipped = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = shipped
-        model.train(was_training)

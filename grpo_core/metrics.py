@@ -7,6 +7,7 @@ counts nowhere.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,12 @@ class Tally:
         self.ratio_range: list[Tensor] = []
         self.clipped_range: list[tuple[int, Tensor, Tensor]] = []
         self.gap: dict[str, float] = {}
+
+    def add_all(self, micro_batches: Sequence[Sequence[Tensor]]) -> None:
+        """Count an update: all of its micro-batches, each as `add` takes it."""
+        for terms in micro_batches:
+            self.add(*terms)
+        self.updates += 1
 
     @torch.no_grad()
     def add(
@@ -78,12 +85,9 @@ class Tally:
         )
 
     @torch.no_grad()
-    def compare(self, sampler_logp_NT: Tensor, old_logp: dict[int, Tensor], mask_NT: Tensor) -> None:
+    def compare(self, sampler_logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
         A larger gap means that the learner learns from samples of another distribution than its own."""
-        old_logp_NT = torch.zeros_like(mask_NT, dtype=sampler_logp_NT.dtype)
-        for start, logp_NT in old_logp.items():
-            old_logp_NT[start : start + len(logp_NT), : logp_NT.shape[1]] = logp_NT
         gap_NT = torch.where(mask_NT, (sampler_logp_NT - old_logp_NT).abs(), 0.0)
         mean = gap_NT.sum() / mask_NT.sum().clamp(min=1)
         self.gap = {"sampler_gap_mean": float(mean), "sampler_gap_max": float(gap_NT.max())}
@@ -124,8 +128,8 @@ def clipped_beyond(config: GRPOConfig) -> tuple[float, float]:
 
 
 def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
-    """The log line of a step. Times in seconds: `backward_time_s` is the learner's (forward, backward and optimizer);
-    `other_time_s` is all but generation and learner, so rewards and reference are within it."""
+    """The log line of a step. Times in seconds: `backward_time_s` is the learner's forward and backward;
+    `other_time_s` is all but generation, learner and optimizer, so rewards and reference are within it."""
     samples, seconds = report.rollout.samples, report.clock.seconds
     lengths_N = samples.rows.completion_len_N.float()
     ended_N = lengths_N[~samples.truncated_N]
@@ -161,7 +165,8 @@ def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
         "reward_time_s": seconds["reward"],
         "reference_time_s": seconds["reference"],
         "backward_time_s": seconds["backward"],
-        "other_time_s": report.clock.total - seconds["generation"] - seconds["backward"],
+        "optimizer_time_s": seconds["optimizer"],
+        "other_time_s": report.clock.total - sum(seconds[name] for name in ("generation", "backward", "optimizer")),
     }
     for name, values in report.rollout.scores.by_function.items():
         given = [value for value in values if value is not None]

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sft_core.half import halve
 from sft_core.logprobs import scored
 from sft_core.policy import Policy, is_adapted
 from sft_core.rows import Rows
@@ -36,6 +37,8 @@ class Reference:
             self.policy = policy
         else:
             self.policy = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False).eval())
+            if policy.half_copies and policy.precision.autocast_dtype and not sync_every:
+                halve(self.policy.model, policy.precision.autocast_dtype)
 
     def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
         """log pi_ref of each completion token, (N, T), 0 on padding; without gradient."""

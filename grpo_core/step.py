@@ -28,6 +28,7 @@ from rewards import Reward
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
+from sft_core.rows import Rows
 from sft_core.runlog import Stopwatch
 from sft_core.tasks import Example
 
@@ -78,32 +79,38 @@ def grpo_step(learner: Learner, examples: Sequence[Example], more: Draw | None =
     clock.lap("reward")
 
     if learner.reference:
-        ref_logp_NT = learner.reference.logprobs(rows, config.temperature, config.micro_batch)
+        ref_logp_NT = learner.reference.logprobs(rows, config.temperature, optimizer.micro_batch)
     clock.lap("reference")
 
-    old_logp: dict[int, Tensor] = {}  # micro-batch -> its log-probabilities in the first pass, before any step: pi_old
-    for _ in range(config.mu):
-        again = True
+    old_logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
+
+    def learn(at: slice, micro: Rows) -> list[Tensor]:
+        """The loss of one micro-batch, differentiated."""
+        cut, mask_NT = (at, slice(micro.completion_NT.shape[1])), micro.mask_NT
+        logp_NT, entropy_NT = token_logprobs(policy, micro, config.temperature, config.entropy)
+        if on_policy:  # this is pi_old, and the ratio is 1, with the gradient of log pi_theta
+            old_logp_NT[cut] = logp_NT.detach()
+        ratio = importance_ratio(logp_NT, old_logp_NT[cut], mask_NT, config.objective.ratio_level)
+        surrogate_NT = policy_loss(ratio, logp_NT, old_logp_NT[cut], mask_NT, advantage_NT[cut], config)
+        kl_NT = torch.zeros_like(logp_NT)
+        if learner.reference:
+            kl_NT = kl_penalty(ratio, logp_NT, ref_logp_NT[cut], config)
+        loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * entropy_NT[kept_NT[cut]].sum() / kept_NT.sum().clamp(min=1)
+        optimizer.backward(loss)
+        terms = (loss, mask_NT, weight_NT[cut], advantage_NT[cut], ratio, surrogate_NT, kl_NT, entropy_NT)
+        return [term.detach() for term in terms]
+
+    for update in range(config.mu):
+        again, on_policy = True, update == 0
         while again:  # once; under fp16 until nothing overflows
-            for at, micro in rows.micro_batches(config.micro_batch):
-                cut, mask_NT = (at, slice(micro.completion_NT.shape[1])), micro.mask_NT
-                logp_NT, entropy_NT = token_logprobs(policy, micro, config.temperature, config.entropy)
-                old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())
-                # In the first pass the ratio is 1, with the gradient of log pi_theta.
-                ratio = importance_ratio(logp_NT, old_logp_NT, mask_NT, config.objective.ratio_level)
-                surrogate_NT = policy_loss(ratio, logp_NT, old_logp_NT, mask_NT, advantage_NT[cut], config)
-                kl_NT = torch.zeros_like(logp_NT)
-                if learner.reference:
-                    kl_NT = kl_penalty(ratio, logp_NT, ref_logp_NT[cut], config)
-                loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()
-                if config.entropy_coef:
-                    loss = loss - config.entropy_coef * entropy_NT[kept_NT[cut]].sum() / kept_NT.sum().clamp(min=1)
-                optimizer.backward(loss)
-                tally.add(loss, mask_NT, weight_NT[cut], advantage_NT[cut], ratio, surrogate_NT, kl_NT, entropy_NT)
+            terms_of_each = optimizer.accumulate(rows, learn)
+            clock.lap("backward")
             grad_norm, again = optimizer.clip_and_step()
-            tally.updates += 1
+            tally.add_all(terms_of_each)
+            clock.lap("optimizer")
         if learner.reference:
             learner.reference.follow()
-    tally.compare(rollout.samples.logp_NT, old_logp, rows.mask_NT)
-    clock.lap("backward")
+    tally.compare(rollout.samples.logp_NT, old_logp_NT, rows.mask_NT)
     return StepReport(rollout, advantage_BG, tally, grad_norm, learning_rate, clock)

@@ -41,22 +41,33 @@ class GRPOJob:
     rewards: list[Reward]
     source: Source | None  # None: the built-in model
 
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        config = self.config
+        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.prompts_per_step)
+
+    def learner(self, source: Source) -> Learner:
+        """Seeded, with the policy at its start and the reference copied from it."""
+        config = self.config
+        set_seed(config.seed)
+        policy = load_policy(config, source)
+        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+        without_dropout(policy.model)
+        optimizer = Optimizer(policy, config, self.steps * config.mu)
+        return Learner(config, policy, reference, self.rewards, optimizer)
+
     def run(self) -> Path:
         """Train; print the comparison of before and after; return the run folder."""
         config, task = self.config, self.task
         source = self.source or find_source(replace(config, model=str(tiny_sft(config))))
         folder = RunFolder(config, "grpo")
-        set_seed(config.seed)
-        policy = load_policy(config, source)
-        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
-        without_dropout(policy.model)
-        steps = config.max_steps or math.ceil(config.epochs * (task.size or 0) / config.prompts_per_step)
-        optimizer = Optimizer(policy, config, steps * config.mu)
-        learner = Learner(config, policy, reference, self.rewards, optimizer)
+        learner = self.learner(source)
+        policy = learner.policy
 
         before = held_out(policy, task, config, folder, step=0)
-        train(learner, task, folder, steps)
-        after = held_out(policy, task, config, folder, step=steps)
+        train(learner, task, folder, self.steps)
+        after = held_out(policy, task, config, folder, step=self.steps)
 
         final = folder.save_final(policy)
         folder.close()

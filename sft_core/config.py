@@ -75,8 +75,12 @@ class ModelConfig:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
-    share_prompts: bool = flag(True, "encode the prompt of a group once in the learner; same gradient, less time")
+    share_prompts: bool = flag(True, "encode the prompt of a group once, in sampler and learner; same gradient")
     logit_chunk: int = flag(2**26, "logits that exist at once in the learner (2**26: 256 MB); same gradient; 0: all")
+    rows_leave: bool = flag(True, "completions that have ended leave the batch while it is sampled; same distribution")
+    half_copies: bool = flag(True, "sampler and reference cast their matrices once, not at each use; same numbers")
+
+    keep_freed_memory: bool = flag(True, "on a Linux CPU: freed memory stays with the process, for its next allocation")
 
     def check(self) -> None:
         require(
@@ -123,6 +127,9 @@ class OptimConfig:
     max_steps: int = flag(0, "steps to train for; 0: as many as --epochs gives")
     epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
     micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")
+    offload_optimizer: str = flag(
+        "", "keep AdamW's moments elsewhere between steps: cpu (for CUDA), or a folder for memory-mapped files"
+    )
     seed: int = flag(42, "of weights, data order, sampling")
 
     def check(self) -> None:
@@ -136,6 +143,12 @@ class OptimConfig:
         for name in ("max_grad_norm", "weight_decay", "max_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
+        require(
+            self.offload_optimizer in ("", "cpu") or Path(self.offload_optimizer).is_dir(),
+            "offload_optimizer",
+            self.offload_optimizer,
+            "cpu, or an existing folder on a disk",
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_core import tiny
+from sft_core.allocator import keep_freed_memory
 from sft_core.config import ModelConfig
 from sft_core.precision import Precision, pick_device, pick_precision
 from sft_core.source import Source, find_source
@@ -31,8 +32,10 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
-    share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
+    share_prompts: bool = True  # the prompt of consecutive rows is encoded once
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
+    rows_leave: bool = True  # completions that have ended leave the batch while it is sampled
+    half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +89,8 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     """
     source = source or find_source(config)
     device = pick_device(config.device)
+    if config.keep_freed_memory and device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer(source)
     eos_ids = end_of_sequence_ids(tokenizer, source)
     if config.from_scratch:
@@ -102,8 +107,18 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     precision = pick_precision(config.precision, device)
     model = model.to(device).eval()
-    share_prompts = config.share_prompts and attends_to_everything(model.config)
-    return Policy(model, tokenizer, precision, eos_ids, pad_id, share_prompts, config.logit_chunk)
+    divisible = attends_to_everything(model.config)
+    return Policy(
+        model,
+        tokenizer,
+        precision,
+        eos_ids,
+        pad_id,
+        share_prompts=config.share_prompts and divisible,
+        logit_chunk=config.logit_chunk,
+        rows_leave=config.rows_leave and divisible,
+        half_copies=config.half_copies,
+    )
 
 
 def attends_to_everything(config: Any) -> bool:

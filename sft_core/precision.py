@@ -27,7 +27,10 @@ class Precision:
         return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        # Each matrix is used once in a pass: casts kept until its end would only take memory.
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None, cache_enabled=False
+        )
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss under fp16; a no-op under bf16 and float32."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -75,20 +76,22 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
     return pack_rows(prompts, completions, policy.pad_id).to(policy.device)
 
 
-def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows, micro_batch: int) -> dict[str, float]:
+def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows) -> dict[str, float]:
     """One optimizer step on a batch. The weight of a token is 1 / (tokens in the batch), so micro-batches simply
     add."""
     weight = 1.0 / float(rows.completion_len_N.sum())
+
+    def learn(at: slice, micro: Rows) -> Tensor:
+        logp_NT, _ = token_logprobs(policy, micro, entropy="none")
+        loss = -(weight * logp_NT).sum()
+        optimizer.backward(loss)
+        return loss.detach()
+
     again = True
     while again:  # once; under fp16 until nothing overflows
-        loss = torch.zeros((), device=policy.device)
-        for _, micro in rows.micro_batches(micro_batch):
-            logp_NT, _ = token_logprobs(policy, micro, entropy="none")
-            micro_loss = -(weight * logp_NT).sum()
-            optimizer.backward(micro_loss)
-            loss += micro_loss.detach()
+        losses = optimizer.accumulate(rows, learn)
         grad_norm, again = optimizer.clip_and_step()
-    return {"loss": loss.item(), "grad_norm": grad_norm}
+    return {"loss": float(sum(losses)), "grad_norm": grad_norm}
 
 
 @torch.no_grad()
@@ -129,7 +132,7 @@ class SFTJob:
             lr = optimizer.lr
             examples = task.draw((step - 1) * config.batch_size, config.batch_size, config.seed)
             rows = encode_demonstrations(policy, examples, config)
-            record = sft_step(policy, optimizer, rows, config.micro_batch)
+            record = sft_step(policy, optimizer, rows)
             clock.lap("step")
             if step % config.log_every == 0 or step == steps:
                 tokens = int(rows.completion_len_N.sum())

@@ -189,11 +189,14 @@ def learner(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = len
 class GradientCatcher:
     """Stands in for `Optimizer`: keeps each update's losses and gradients, and moves by `lr` down the gradient."""
 
-    def __init__(self, policy: Policy, lr: float = 0.0) -> None:
-        self.policy, self.lr = policy, lr
+    def __init__(self, policy: Policy, micro_batch: int, lr: float = 0.0) -> None:
+        self.policy, self.micro_batch, self.lr = policy, micro_batch, lr
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
         self._loss = 0.0
+
+    def accumulate(self, rows: Rows, learn: Callable[[slice, Rows], Any]) -> list[Any]:
+        return [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)]
 
     def backward(self, loss: Tensor) -> None:
         self._loss += loss.item()
@@ -214,7 +217,8 @@ def caught(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = leng
     """As `learner`, with a `GradientCatcher` for its optimizer."""
     reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
     policy.model.train()
-    return Learner(config, policy, reference, [Reward("reward", reward)], GradientCatcher(policy, lr))  # type: ignore
+    catcher = GradientCatcher(policy, config.micro_batch, lr)
+    return Learner(config, policy, reference, [Reward("reward", reward)], catcher)  # type: ignore
 
 
 def step(parts: Learner, seed: int = 0) -> StepReport:

@@ -49,7 +49,7 @@ def policy_of(family: Family) -> Policy:
 @lru_cache
 def samples_of(family: Family) -> Samples:
     """Completions of many lengths, some of them cut off by the budget; sampled once for all tests."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     samples = sample_groups(policy_of(family), EXAMPLES, grpo_config(**SIZES))
     assert samples.truncated_N.any() and samples.rows.completion_len_N.unique().numel() > 3
     return samples

@@ -65,7 +65,7 @@ def policy_of(family: Family, dtype: torch.dtype = torch.float64) -> Policy:
 @lru_cache
 def samples_of(family: Family) -> Samples:
     """Eight completions, sampled once for all tests; of several lengths, two cut off, behind prompts of two lengths."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     samples = sample_groups(policy_of(family), EXAMPLES, config_of("dapo"))
     rows = samples.rows
     assert rows.completion_len_N.unique().numel() > 3 and rows.prompt_len_N.unique().numel() == 2

@@ -61,8 +61,8 @@ def nll_by_hand(policy: Policy, rows: Rows) -> torch.Tensor:
 def learned(policy: Policy, rows: Rows, micro_batch: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient of one step."""
     policy.model.train()
-    catcher = GradientCatcher(policy)
-    record = sft_step(policy, catcher, rows, micro_batch)  # type: ignore[arg-type]
+    catcher = GradientCatcher(policy, micro_batch)
+    record = sft_step(policy, catcher, rows)  # type: ignore[arg-type]
     assert record["loss"] == pytest.approx(catcher.losses[0], abs=1e-6)
     return record["loss"], catcher.gradients[0]
 

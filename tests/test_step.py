@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import grpo_core.train
+from eval.sampling import Samples
 from grpo_core.metrics import step_record
 from grpo_core.rollout import sample_groups
 from rewards import Reward
@@ -81,16 +82,16 @@ def test_the_sampler_gap_is_measured_on_the_completions_own_tokens() -> None:
 
 
 @pytest.mark.parametrize("mu", [1, 4])
-def test_a_step_samples_once_however_many_updates_it_takes(mu: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_samples_once_however_many_updates_it_takes(mu: int) -> None:
     policy = ends_often(tiny_policy())
     parts = caught(policy, grpo_config(mu=mu, micro_batch=4), lr=0.1)
-    generate, sampled = policy.model.generate, []
+    sampled = []
 
-    def counted(**kwargs: Any) -> Any:
-        sampled.append(kwargs)
-        return generate(**kwargs)
+    def counted(*args: Any) -> Samples:
+        sampled.append(args)
+        return sample_groups(*args)
 
-    monkeypatch.setattr(policy.model, "generate", counted)
+    parts = replace(parts, sampler=counted)
     with forward_calls(policy.model) as calls:
         report = step(parts)
     assert len(sampled) == 1

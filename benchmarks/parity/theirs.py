@@ -57,8 +57,8 @@ SAME = {
 }
 
 
-def arguments(config: Any, case: Case) -> dict[str, Any]:
-    """TRL's arguments for one of our configurations."""
+def arguments(config: Any, accumulation: int) -> dict[str, Any]:
+    """TRL's arguments for one of our configurations whose rows are learned in so many micro-batches."""
     args = {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
     args["loss_type"] = "grpo" if config.loss == "gspo" else config.loss
     args["importance_sampling_level"] = config.objective.ratio_level
@@ -66,11 +66,10 @@ def arguments(config: Any, case: Case) -> dict[str, Any]:
     args["epsilon_high"] = config.epsilon_high + (config.loss == "cispo")
     args["delta"] = config.delta or None
     args["off_policy_mask_threshold"] = config.off_policy_threshold or None
-    args["warmup_steps"] = round(config.warmup_ratio * case.updates)
     args["sync_ref_model"] = config.ref_sync_every > 0
     args["ref_model_sync_steps"] = config.ref_sync_every or 512
-    args["per_device_train_batch_size"] = case.rows // case.accumulation
-    args["gradient_accumulation_steps"] = case.accumulation
+    args["per_device_train_batch_size"] = config.prompts_per_step * config.group_size // accumulation
+    args["gradient_accumulation_steps"] = accumulation
     return args
 
 
@@ -118,6 +117,7 @@ def run(
         args = {
             "output_dir": output,
             "max_steps": case.updates,
+            "warmup_steps": round(config.warmup_ratio * case.updates),
             "seed": 0,
             "logging_steps": 1,
             "save_strategy": "no",
@@ -132,7 +132,7 @@ def run(
             processing_class=tokenizer(),
             reward_funcs=reward_functions or rewards(case.none_rewards),
             train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(PROMPTS)]}),
-            args=GRPOConfig(**(args | arguments(config, case) | overrides)),
+            args=GRPOConfig(**(args | arguments(config, case.accumulation) | overrides)),
             rollout_func=rollout,
         )
         trainer.remove_callback(PrinterCallback)

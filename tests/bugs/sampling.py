@@ -30,7 +30,7 @@ BUGS = [
     Mutation(
         6,
         "the recorder ignores the temperature",
-        "eval/sampling.py",
+        "eval/generation.py",
         "self.pending = scores.float() / self.temperature",
         "self.pending = scores.float()",
         "The sampler's log-probabilities are not those of its draws, so the comparison that would find the two bugs "
@@ -70,8 +70,8 @@ BUGS = [
         7,
         "the sampler's log-probabilities as the old ones",
         "grpo_core/step.py",
-        "old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())",
-        "old_logp_NT = old_logp.setdefault(at.start, rollout.samples.logp_NT[cut])",
+        "old_logp_NT[cut] = logp_NT.detach()",
+        "old_logp_NT[cut] = rollout.samples.logp_NT[cut]",
         "Computed a token at a time with a cache, they differ from the learner's by rounding: in float32 that is "
         "little, in half precision it clips tokens in the very first update.",
         (RATIO_ONE, "tests/test_precision.py::test_the_first_update_has_ratio_exactly_one"),
@@ -80,17 +80,17 @@ BUGS = [
         7,
         "old log-probabilities taken anew in every update",
         "grpo_core/step.py",
-        "old_logp_NT = old_logp.setdefault(at.start, logp_NT.detach())",
-        "old_logp_NT = old_logp[at.start] = logp_NT.detach()",
+        "if on_policy:",
+        "if True:",
         "The ratio is 1 for ever: nothing is clipped, and mu updates run away from the samples unchecked.",
         (f"{STEP}test_a_step_samples_once_however_many_updates_it_takes",),
     ),
     Mutation(
         7,
         "autocast in the learner alone",
-        "eval/sampling.py",
-        "with torch.inference_mode(), _ready_to_generate(policy.model), policy.precision.autocast():",
-        "with torch.inference_mode(), _ready_to_generate(policy.model):",
+        "eval/generation.py",
+        "_ready_to_generate(model), policy.precision.autocast():",
+        "_ready_to_generate(model):",
         "The sampler runs in float32 and the learner in half precision: two slightly different policies, and "
         "generation at a fraction of the speed.",
         (f"{SAMPLING}test_the_sampler_computes_in_the_learners_precision",),
@@ -98,7 +98,7 @@ BUGS = [
     Mutation(
         16,
         "checkpointing stays on while generating",
-        "eval/sampling.py",
+        "eval/generation.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    for module in model.modules():\n"
         "        if isinstance(module, torch.nn.Dropout):\n"
@@ -123,10 +123,10 @@ BUGS = [
         19,
         "each of the mu updates samples again",
         "grpo_core/step.py",
-        "    for _ in range(config.mu):\n        again = True\n",
+        "    for update in range(config.mu):\n",
         "    for update in range(config.mu):\n"
         "        if update:\n"
-        "            rollout, old_logp = sample_and_score(learner, examples, clock), {}\n"
+        "            rollout = sample_and_score(learner, examples, clock)\n"
         "            rows = learned_rows(rollout.samples, config)\n"
         "            kept_NT = kept_tokens(policy, rows, config)\n"
         "            advantage_BG = advantages(rollout, config)\n"
@@ -135,7 +135,7 @@ BUGS = [
         "config.max_completion_tokens)\n"
         "            if learner.reference:\n"
         "                ref_logp_NT = learner.reference.logprobs(rows, config.temperature, config.micro_batch)\n"
-        "        again = True\n",
+        "            old_logp_NT, update = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype), 0\n",
         "It learns, but it is not the algorithm: sampling, the costly half, is paid mu times, the ratio is 1 in every "
         "update and clipping is dead code.",
         (f"{STEP}test_a_step_samples_once_however_many_updates_it_takes",),
@@ -175,7 +175,7 @@ BUGS = [
     Mutation(
         24,
         "sampling in train mode",
-        "eval/sampling.py",
+        "eval/generation.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    model.generation_config = GenerationConfig()\n",
         "With dropout, each token is drawn from another random thinning of the policy.",
@@ -184,7 +184,7 @@ BUGS = [
     Mutation(
         24,
         "the mode is not put back",
-        "eval/sampling.py",
+        "eval/generation.py",
         "        model.train(was_training)\n",
         "        model.eval()\n",
         "After the first sampling the learner is in eval mode: gradient checkpointing silently stops, and memory runs "
@@ -194,7 +194,7 @@ BUGS = [
     Mutation(
         25,
         "the model's generation settings are inherited",
-        "eval/sampling.py",
+        "eval/generation.py",
         "    model.generation_config = GenerationConfig()\n    try:",
         "    try:",
         "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "

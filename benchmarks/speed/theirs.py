@@ -1,0 +1,144 @@
+"""TRL's side: the real `GRPOTrainer.train()`, held up before each step until its turn comes."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig as TRLConfig
+from trl import GRPOTrainer
+
+from benchmarks.memory import peak_bytes
+from benchmarks.parity.theirs import arguments
+from grpo_core import train
+from grpo_core.config import GRPOConfig
+from rewards import score
+from sft_core.policy import load_tokenizer
+from sft_core.precision import pick_device, pick_precision
+from sft_core.prompts import prompt_messages
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Waits before each step for a message, and answers it after the step with what that took."""
+
+    def __init__(self, connection: Connection, device: torch.device) -> None:
+        self.connection, self.device = connection, device
+        self.seen: dict[str, Any] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.connection.recv() is None:
+            raise KeyboardInterrupt  # the trainer has no other way out before its step
+        self.began = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seconds = self._now() - self.began
+        self.connection.send({"seconds": seconds, **self.seen, "peak_bytes": peak_bytes(self.device)})
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def serve(connection: Connection, config: GRPOConfig, threads: int) -> None:
+    """A step for each message, answered with what it took; an end for None."""
+    warnings.simplefilter("ignore")
+    for name in ("trl", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+    job = train.prepare(config)
+    device = pick_device(config.device)
+    turns = Turns(connection, device)
+    rows = config.prompts_per_step * config.group_size
+    with tempfile.TemporaryDirectory() as output:
+        trainer = GRPOTrainer(
+            model=config.model,
+            processing_class=load_tokenizer(job.source),
+            reward_funcs=[_reward(job, turns)],
+            train_dataset=_dataset(job, rows),
+            args=TRLConfig(
+                **arguments(config, accumulation=-(-rows // config.micro_batch)) | _like(config, device),
+                output_dir=output,
+                max_steps=config.max_steps,
+                warmup_steps=round(config.warmup_ratio * config.max_steps),
+                seed=config.seed,
+                save_strategy="no",
+                report_to="none",
+                logging_steps=10**6,
+                disable_tqdm=True,
+                shuffle_dataset=False,  # the problems come in this project's order
+            ),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(turns)
+        with_timer(trainer, turns)
+        connection.send({"ready": True})
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            return
+
+
+def _like(config: GRPOConfig, device: torch.device) -> dict[str, Any]:
+    """Precision and checkpointing as this project's side has them: float32 masters under autocast."""
+    dtype = pick_precision(config.precision, device).autocast_dtype
+    return {
+        "reward_weights": None,  # the one reward function is this project's weighted sum
+        "use_cpu": device.type == "cpu",
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "model_init_kwargs": {"dtype": "float32"},
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+    }
+
+
+def _dataset(job: train.GRPOJob, rows: int) -> Dataset:
+    """The problems that this project's side meets, in its order."""
+    config, tokenizer = job.config, load_tokenizer(job.source)
+    examples = job.task.draw(0, config.max_steps * config.prompts_per_step, config.seed)
+    prompts = [
+        tokenizer.apply_chat_template(
+            prompt_messages(example, config), add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        for example in examples
+    ]
+    columns = {name: [getattr(e, name) for e in examples] for name in ("question", "answer", "solution")}
+    return Dataset.from_dict({"prompt": prompts, **columns})
+
+
+def _reward(job: train.GRPOJob, turns: Turns) -> Any:
+    """This project's weighted sum of rewards as one TRL reward function, which also notes what was sampled."""
+
+    def total(prompts: Any, completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        known = {name: columns[name] for name in ("question", "answer", "solution")}
+        known["completion_ids"] = completion_ids
+        known["max_completion_tokens"] = [job.config.max_completion_tokens] * len(completions)
+        totals = score(job.rewards, known["question"], completions, known).total
+        turns.seen["tokens"] = sum(map(len, completion_ids))
+        turns.seen["reward"] = sum(totals) / len(totals)
+        return list(totals)
+
+    return total
+
+
+def with_timer(trainer: GRPOTrainer, turns: Turns) -> None:
+    """Note how long sampling takes."""
+    generate = trainer._generate_single_turn
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = turns._now()
+        out = generate(*args, **kwargs)
+        turns.seen["generation_seconds"] = turns._now() - began
+        return out
+
+    trainer._generate_single_turn = timed

@@ -1,0 +1,46 @@
+"""Half-precision copies of the matrices, for models that only look: the sampler and the reference.
+
+Autocast casts a float32 matrix to half precision wherever it is used; without a gradient it does so anew for each token
+that is decoded. Cast once, the products are the very same numbers. Everything else (embeddings, norms, the residual
+stream) stays what it is, and shared: a twin costs two bytes for each weight of a matrix, and no more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
+
+from sft_core.policy import Policy
+
+
+def halve(model: Any, dtype: torch.dtype, tied: bool = False) -> None:
+    """Cast the matrices that autocast would cast, in place. A head that shares its weights with the embedding keeps
+    them, unless `tied`: then it gets a copy of its own."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and (tied or id(module.weight) not in embeddings):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+
+@contextmanager
+def half_twin(policy: Policy) -> Iterator[Any]:
+    """The policy's model as a sampler wants it: its twin under autocast, else the model itself.
+
+    The twin is made from the present weights and thrown away afterwards: while completions are sampled there are no
+    gradients, and their memory is more than the twin takes.
+    """
+    dtype = policy.precision.autocast_dtype
+    if dtype is None or not policy.half_copies:
+        yield policy.model
+        return
+    shared = {id(tensor): tensor for tensor in (*policy.model.parameters(), *policy.model.buffers())}
+    twin = copy.deepcopy(policy.model, shared)
+    halve(twin, dtype, tied=True)
+    yield twin
