@@ -5,7 +5,15 @@ same completions, in float32 on the CPU, and the differences that are meant.
     python -m benchmarks.compare_trl --every 20               every twentieth of them, seconds
     python -m benchmarks.compare_trl --output FILE.md         the tables as a file, too
 
-Exit code 1 where a difference is over its bound. Needs the extra `trl`.
+Exit code 1 where a difference is over its bound. And is it faster? A workload's steps on both sides in alternation,
+each in a process of its own:
+
+    python -m benchmarks.compare_trl --speed tiny             the embedded job (after its short SFT)
+    python -m benchmarks.compare_trl --speed qwen-0.5b --model FOLDER --output FILE.md
+
+with any flags of grpo_core.train; beside FILE.md, FILE.json has the raw numbers and FILE.png the rewards over time.
+
+Needs the extra `trl`.
 """
 
 from __future__ import annotations
@@ -26,6 +34,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.tables import markdown
+from benchmarks.workload import names, with_start, workload
+from sft_core.cli import user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth combination")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables as Markdown, too")
-    options = parser.parse_args(argv)
-    if options.every < 1:
-        parser.error(f"argument --every: {options.every}: expected 1 or more")
+    parser.add_argument("--speed", metavar="WORKLOAD", choices=names(), help="time a workload: " + ", ".join(names()))
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="--speed: timed pairs of steps (20)")
+    parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="--speed: pairs before them (2)")
+    parser.add_argument("--same_allocator", action="store_true", help="--speed: TRL's process keeps freed memory, too")
+    options, flags = parser.parse_known_args(argv)
+    if flags and not options.speed:
+        parser.error(f"{flags[0]}: no such flag")
+    for name, least in (("every", 1), ("steps", 1), ("warm_up", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"argument --{name}: {getattr(options, name)}: expected {least} or more")
     if find_spec("trl") is None:
         print("error: the comparison needs trl: pip install -c constraints.txt '.[trl]'", file=sys.stderr)
         return 2
+    if options.speed:
+        with user_errors():
+            timed(options, flags)
+        return 0
     _be_quiet()
     from benchmarks.parity.declared import declared_differences
 
@@ -70,6 +91,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in over:
         print(f"over its bound: {line}", file=sys.stderr)
     return 1 if over else 0
+
+
+def timed(options: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Run both sides in alternation, print the report, and write it where asked."""
+    from benchmarks.speed.alternation import alternate
+    from benchmarks.speed.report import report, save
+
+    steps = options.steps + options.warm_up
+    config = workload(options.speed, ["--max_steps", str(steps), *flags])
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = alternate(with_start(config, Path(folder)), options.steps, options.warm_up, options.same_allocator)
+    text = report(options.speed, [*flags, *["--same_allocator"] * options.same_allocator], pairs)
+    print(text)
+    if options.output:
+        save(options.output, text, pairs)
 
 
 def compared(every: int, folder: Path) -> tuple[str, list[str]]:

@@ -20,6 +20,7 @@ from benchmarks.parity.theirs import arguments
 from grpo_core import train
 from grpo_core.config import GRPOConfig
 from rewards import score
+from sft_core.allocator import keep_freed_memory
 from sft_core.policy import load_tokenizer
 from sft_core.precision import pick_device, pick_precision
 from sft_core.prompts import prompt_messages
@@ -47,12 +48,14 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         return time.perf_counter()
 
 
-def serve(connection: Connection, config: GRPOConfig, threads: int) -> None:
+def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocator: bool) -> None:
     """A step for each message, answered with what it took; an end for None."""
     warnings.simplefilter("ignore")
     for name in ("trl", "transformers", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(threads)
+    if same_allocator:
+        keep_freed_memory()
     job = train.prepare(config)
     device = pick_device(config.device)
     turns = Turns(connection, device)
