@@ -57,7 +57,7 @@ def generate(
         if policy.share_prompts or policy.rows_leave:
             cache = DynamicCache(config=model.config)
         if policy.share_prompts:
-            _prefill_once(cache, model, prompts, prompt_NP, attention_NP)
+            prefill_once(cache, model, prompts, prompt_NP, attention_NP)
         alive = torch.arange(N, device=device)
         ids, attention = prompt_NP, attention_NP
         while len(alive) and width < budget:
@@ -85,7 +85,7 @@ def generate(
     return completion_NT[:, :width].clone(), logp_NT[:, :width].clone()
 
 
-def _prefill_once(
+def prefill_once(
     cache: Any, model: Any, prompts: Sequence[Sequence[int]], prompt_NP: Tensor, attention_NP: Tensor
 ) -> None:
     """Put each row's prompt but its last token in the cache, computed once where consecutive prompts are the same."""

@@ -72,6 +72,7 @@ class ModelConfig:
     lora_alpha: int = flag(32, "LoRA scale; the update is multiplied by alpha / r")
     lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without any dropout")
     lora_targets: list[str] = flag(["all-linear"], "names of the adapted layers; all-linear: all but the output head")
+    use_4bit: bool = flag(False, "the weights below a LoRA adapter in 4 bits (QLoRA's NF4; CUDA only, extra: quant)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
@@ -104,10 +105,20 @@ class ModelConfig:
         require(
             not self.lora or find_spec("peft") is not None, "lora", self.lora, "the peft package: pip install '.[lora]'"
         )
+        if self.use_4bit:
+            self._check_4bit()
         require(self.logit_chunk >= 0, "logit_chunk", self.logit_chunk, "0 or more")
         require(self.lora_r >= 1, "lora_r", self.lora_r, "1 or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 or more and below 1")
         pick_device(self.device)
+
+    def _check_4bit(self) -> None:
+        adapted = self.lora or self.adapter_path is not None
+        require(adapted, "use_4bit", True, "--lora or --adapter_path beside it: weights of 4 bits cannot be trained")
+        require(not self.from_scratch, "use_4bit", True, "the weights of a model, not --from_scratch")
+        require(pick_device(self.device).type == "cuda", "use_4bit", True, "a CUDA GPU; on this device leave it out")
+        missing = find_spec("bitsandbytes") is None
+        require(not missing, "use_4bit", True, "the bitsandbytes package: pip install '.[quant]'")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Half-precision copies of the matrices, for models that only look: the sampler and the reference.
+"""Half-precision copies of the matrices, for models that only look: the sampler, the reference, LoRA's frozen base.
 
 Autocast casts a float32 matrix to half precision wherever it is used; without a gradient it does so anew for each token
 that is decoded. Cast once, the products are the very same numbers. Everything else (embeddings, norms, the residual
@@ -10,23 +10,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
-from sft_core.policy import Policy
+if TYPE_CHECKING:
+    from sft_core.policy import Policy
 
 
-def halve(model: Any, dtype: torch.dtype, tied: bool = False) -> None:
+def halve(model: Any, dtype: torch.dtype, tied: bool = False, trained: bool = True) -> None:
     """Cast the matrices that autocast would cast, in place. A head that shares its weights with the embedding keeps
-    them, unless `tied`: then it gets a copy of its own."""
+    them, unless `tied`: then it gets a copy of its own. With `trained=False` what has a gradient stays."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)) and (tied or id(module.weight) not in embeddings):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, Parameter(parameter.detach().to(dtype), requires_grad=False))
+                # Not float32: halved before, or packed in 4 bits.
+                if parameter.dtype == torch.float32 and (trained or not parameter.requires_grad):
+                    setattr(module, name, Parameter(parameter.detach().to(dtype), requires_grad=False))
 
 
 @contextmanager

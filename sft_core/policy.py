@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft_core import tiny
 from sft_core.allocator import keep_freed_memory
 from sft_core.config import ModelConfig
+from sft_core.half import halve
 from sft_core.precision import Precision, pick_device, pick_precision
 from sft_core.source import Source, find_source
 
@@ -80,7 +81,8 @@ def load_tokenizer(source: Source | None) -> Any:
 
 
 def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
-    """Tokenizer and model in float32 on the chosen device, with its LoRA adapter loaded or newly made where asked.
+    """Tokenizer and model in float32 on the chosen device, with its LoRA adapter loaded or newly made where asked; the
+    matrices below an adapter, which are never trained, in half precision or in 4 bits.
 
     Weights are read from safetensors only and no code from a model's repository is run.
 
@@ -89,6 +91,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     """
     source = source or find_source(config)
     device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
     if config.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(source)
@@ -97,16 +100,18 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
         model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32)
         model.generation_config = source.generation_config
     else:
-        model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, use_safetensors=True)
+        packed = _four_bits(precision) if config.use_4bit else {}
+        model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, use_safetensors=True, **packed)
     if config.gradient_checkpointing:
         # transformers 5 renames the method and warns about the old name, which it drops in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if source.adapter is not None or config.lora:
         model = _adapt(model, config, source)
+        if config.half_copies and precision.autocast_dtype:
+            halve(model, precision.autocast_dtype, trained=False)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    precision = pick_precision(config.precision, device)
-    model = model.to(device).eval()
+    model = model.eval() if config.use_4bit else model.to(device).eval()
     divisible = attends_to_everything(model.config)
     return Policy(
         model,
@@ -139,6 +144,19 @@ def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
     if not found:
         raise ValueError(f"--model {source.base}: has no end-of-sequence token, so its completions would never end")
     return tuple(dict.fromkeys(found))
+
+
+def _four_bits(precision: Precision) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for QLoRA's base weights (arXiv 2305.14314): NF4 with quantized constants."""
+    from transformers import BitsAndBytesConfig  # `check` asks for bitsandbytes
+
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision.autocast_dtype or torch.float32,
+    )
+    return {"quantization_config": packing, "device_map": {"": precision.device}}
 
 
 def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:

@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,6 +124,11 @@ def provenance(seed: int | None) -> dict[str, Any]:
         "seed": seed,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def shown_flags(flags: Sequence[str]) -> str:
+    """A command's flags for a record that others read: of absolute paths, the last part."""
+    return shlex.join(Path(flag).name if Path(flag).is_absolute() else flag for flag in flags)
 
 
 def _commit() -> str | None:

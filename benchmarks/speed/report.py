@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
 from benchmarks.tables import markdown
-from sft_core.runlog import provenance
+from sft_core.runlog import provenance, shown_flags
 
 GB = 1e9
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the mean reward
@@ -35,8 +35,7 @@ def report(name: str, flags: Sequence[str], pairs: Pairs) -> str:
     if any(reached["ours"] for reached in learning(pairs)):
         lines += [f"Seconds of steps until the reward, averaged over {WINDOW} steps, reaches a level:", ""]
         lines += [markdown(_levels(pairs)), ""]
-    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]  # no machine's paths in a record
-    lines += [f"`python -m benchmarks.compare_trl --speed {' '.join([name, *flags])}`", ""]
+    lines += [f"`python -m benchmarks.compare_trl --speed {shown_flags([name, *flags])}`", ""]
     lines += [f"{'; '.join(origin['hardware'])}; {versions}; commit {origin['commit']}; {origin['started']}"]
     return "\n".join(lines)
 
