@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,9 @@ torch.set_num_threads(1)
 PEFT_IS_BEHIND = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 Family = Literal["qwen2", "gpt2"]
+# What the project's workplace shares: GSM8K, a real tokenizer and config. Tests that need it skip where it is absent.
+SHARED = Path(os.environ.get("GRPO_SHARED") or Path(__file__).parent.parent.parent / "shared")
+
 FAMILIES: tuple[Family, ...] = ("qwen2", "gpt2")
 
 

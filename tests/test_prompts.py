@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,8 @@ from sft_core.prompts import (
 )
 from sft_core.tasks import Example
 from sft_core.tiny import build_tiny
-from tests.helpers import tokenizer
+from tests.helpers import SHARED, tokenizer
 
-SHARED = Path(os.environ.get("GRPO_SHARED") or Path(__file__).parent.parent.parent / "shared")
 REAL_QWEN = SHARED / "models" / "qwen2.5-0.5b-instruct"
 
 APPLES = Example(

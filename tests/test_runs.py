@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,11 +27,10 @@ from sft_core.arithmetic import ArithmeticStream
 from sft_core.cli import parse_config
 from sft_core.optim import Optimizer
 from sft_core.tiny import build_tiny
-from tests.helpers import PEFT_IS_BEHIND
+from tests.helpers import PEFT_IS_BEHIND, SHARED
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
-SHARED = Path(os.environ.get("GRPO_SHARED") or Path(__file__).parent.parent.parent / "shared")
 REAL_QWEN = SHARED / "models" / "qwen2.5-0.5b-instruct"
 REAL_GSM8K = SHARED / "data" / "gsm8k" / "train.jsonl"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from rewards import correctness_reward_func, numeric_reward_func, parse_number
 from sft_core.arithmetic import GAINS, LARGEST_TOTAL, LOSSES, ArithmeticStream
 from sft_core.config import TaskConfig
 from sft_core.tasks import GSM8K, Example, Task, load_heldout, load_task, read_jsonl
+from tests.helpers import SHARED
 
-SHARED = Path(os.environ.get("GRPO_SHARED") or Path(__file__).parent.parent.parent / "shared")
 REAL_GSM8K = SHARED / "data" / "gsm8k"
 
 
