@@ -141,6 +141,9 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     min_p: float = flag(0.0, "sample among tokens of at least this share of the likeliest one's probability; 0: all")
     rewards: list[str] = flag(["correctness_reward_func"], "reward functions by name, or my_module:my_reward")
     reward_weights: list[float] = flag([], "a weight for each reward function; none: all 1")
+    reward_timeout: float = flag(
+        300.0, "seconds that one reward function may take for a step's completions; 0: no limit (slow judges: more)"
+    )
     overlong_buffer: int = flag(
         0, "tokens before the budget's end over which soft_overlong_reward_func falls to -1; 0: a fifth (DAPO)"
     )
@@ -177,6 +180,7 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
         for name in ("top_k", "dynamic_sampling", "show_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.reward_timeout <= 1e6, "reward_timeout", self.reward_timeout, "0 to 1e6; 0: no limit")
         require(
             0 <= self.overlong_buffer <= self.max_completion_tokens,
             "overlong_buffer",

@@ -74,7 +74,7 @@ def score_groups(
         "max_completion_tokens": [budget] * N,
         "overlong_buffer": [config.overlong_buffer or max(1, budget // 5)] * N,
     }
-    scores = score(rewards, columns["question"], samples.texts, columns)
+    scores = score(rewards, columns["question"], samples.texts, columns, config.reward_timeout)
     if config.shuffle_rewards:
         scores = scores.reordered(torch.randperm(N).tolist())
     return scores, torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from grpo_core.reference import Reference
 from grpo_core.rollout import REWARD_COLUMNS
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
-from rewards import Reward, check_signatures, load_rewards
+from rewards import Reward, RewardError, check_signatures, load_rewards
 from sft_core.cli import interruptible, parse_config, user_errors
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, load_policy, load_tokenizer, without_dropout
@@ -99,7 +100,14 @@ def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
     bar = tqdm(range(1, steps + 1), desc="GRPO", disable=not config.progress, unit="step")
     for step in bar:
         examples = source(config.prompts_per_step)
-        report = grpo_step(learner, examples, more=source if config.dynamic_sampling else None)
+        try:
+            report = grpo_step(learner, examples, more=source if config.dynamic_sampling else None)
+        except RewardError:
+            bar.close()
+            saved = folder.save_checkpoint(policy, step - 1)  # rewards come before a step's first update
+            folder.close()
+            print(f"saved the weights after step {step - 1}: {saved}", file=sys.stderr)
+            raise
 
         record = step_record(report, config)
         bar.set_postfix(
@@ -216,10 +224,20 @@ def prepare(config: GRPOConfig) -> GRPOJob:
     return GRPOJob(config, task, rewards, source)
 
 
+@contextmanager
+def reward_errors() -> Iterator[None]:
+    """Show where a reward function failed, then name it and the row in one line; exit code 1."""
+    try:
+        yield
+    except RewardError as error:
+        print(f"{error.traceback}error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
-    with interruptible():
+    with interruptible(), reward_errors():
         job.run()
 
 

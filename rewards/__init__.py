@@ -1,6 +1,7 @@
 """What is this text worth? Strings in, floats out: answer extraction, reward functions, their weighted sum."""
 
-from rewards.combine import REWARDS, Reward, RewardFunction, Scores, check_signatures, load_reward, load_rewards, score
+from rewards.call import RewardError, RewardFunction
+from rewards.combine import REWARDS, Reward, Scores, check_signatures, load_reward, load_rewards, score
 from rewards.extract import (
     extract_hash_answer,
     extract_xml_answer,
@@ -26,6 +27,7 @@ __all__ = [
     "REWARDS",
     "Completion",
     "Reward",
+    "RewardError",
     "RewardFunction",
     "Scores",
     "check_signatures",

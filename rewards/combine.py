@@ -6,10 +6,11 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.call import Batch, RewardFunction, call
 from rewards.functions import (
     Completion,
     correctness_reward_func,
@@ -20,8 +21,6 @@ from rewards.functions import (
     strict_format_reward_func,
     xmlcount_reward_func,
 )
-
-RewardFunction = Callable[..., Sequence[float | None]]
 
 REWARDS: dict[str, RewardFunction] = {
     "correctness_reward_func": correctness_reward_func,
@@ -142,8 +141,10 @@ def score(
     prompts: Sequence[Completion],
     completions: Sequence[Completion],
     columns: dict[str, list[Any]],
+    timeout: float = 0.0,
 ) -> Scores:
-    """Call every reward function on the batch and add up what they say, row by row.
+    """Call every reward function on the batch, each for at most `timeout` seconds (0: no limit), and add up what they
+    say, row by row.
 
     >>> rewards = load_rewards(["correctness_reward_func", "int_reward_func"], [1.0, 0.1])
     >>> scores = score(rewards, ["?", "?"], ["<answer>4</answer>", "<answer>5</answer>"], {"answer": ["4", "4"]})
@@ -151,13 +152,17 @@ def score(
     [2.05, 0.05]
     >>> scores.by_function
     {'correctness_reward_func': [2.0, 0.0], 'int_reward_func': [0.5, 0.5]}
+
+    Raises:
+        RewardError: a function raised, took too long, or returned anything but a finite number or None for each row.
     """
     assert len({reward.name for reward in rewards}) == len(rewards), "two rewards of one name"
     lengths = {"completions": len(completions)} | {name: len(column) for name, column in columns.items()}
     assert set(lengths.values()) == {len(prompts)}, f"{len(prompts)} prompts, but {lengths}"
 
     check_signatures(rewards, list(columns))
-    by_function = {reward.name: _values(reward, prompts, completions, columns) for reward in rewards}
+    batch = Batch(prompts, completions, columns)
+    by_function = {reward.name: call(reward.name, reward.function, batch, timeout) for reward in rewards}
     total = []
     for row in range(len(completions)):
         terms = [(reward.weight, by_function[reward.name][row]) for reward in rewards]
@@ -182,36 +187,3 @@ def check_signatures(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
                 f"each column of the data, here {', '.join(columns) or 'none'}; write `**columns` for those it does "
                 "not use"
             ) from None
-
-
-def _values(
-    reward: Reward, prompts: Sequence[Completion], completions: Sequence[Completion], columns: dict[str, list[Any]]
-) -> list[float | None]:
-    returned: Any = reward.function(prompts=prompts, completions=completions, **columns)
-    try:
-        values = list(returned)
-    except TypeError:
-        raise ValueError(
-            f"reward function {reward.name}: returned {returned!r:.60}, not a list of {len(completions)} values"
-        ) from None
-    if len(values) != len(completions):
-        raise ValueError(
-            f"reward function {reward.name}: returned {len(values)} values for {len(completions)} completions"
-        )
-    return [_finite(reward, row, value) for row, value in enumerate(values)]
-
-
-def _finite(reward: Reward, row: int, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        # float('1.5') works, but a function that returns text returns the wrong thing.
-        number = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(
-            f"reward function {reward.name}: returned {value!r:.60} for row {row}; each value must be a finite number "
-            "or None"
-        )
-    return number

@@ -18,16 +18,15 @@ HASH_MARK = "####"
 _PREFIXES = ("", "+", "-", "$", "+$", "-$", "$+", "$-")
 _SUFFIXES = ("", ".", "%", ".%", "%.")
 
-# `[0-9]` and not `\d`, which takes every script's digits. The lookaheads end a group of three after exactly three
-# digits, so that '1,2345' is 1 and 2345 rather than 1,234 and 5. A '-' right after a digit, a letter, ')' or '%' is a
-# subtraction or a hyphen: 10-7 ends in 7, not in -7.
-_NUMBER_IN_TEXT = re.compile(
-    r"""
-    (?: (?<![\w)%])[-+]\$? | \$[-+]? )?
-    (?: (?: [1-9][0-9]{0,2} (?: ,[0-9]{3}(?![0-9]) )+ | [0-9]+ ) (?: \.[0-9]+ )? | (?<![0-9])\.[0-9]+ )
-    """,
-    re.VERBOSE,
-)
+# Only these: `\d` and `isdigit` take every script's.
+_DIGITS = "0123456789"
+
+# What stands before the last number's digits. A '-' right after a digit, a letter, ')' or '%' is a subtraction or a
+# hyphen: 10-7 ends in 7, not in -7.
+_SIGN_BEFORE = re.compile(r"(?: (?<![\w)%])[-+]\$? | \$[-+]? ) \Z", re.VERBOSE)
+
+# Groups of exactly three digits and their commas, read backwards from the last comma.
+_GROUPS_BACKWARDS = re.compile(r"(?: ,[0-9]{3}(?![0-9]) )*", re.VERBOSE)
 
 # The default context keeps 28 digits and overflows past 10**999999; this one subtracts any two numbers exactly.
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
@@ -78,17 +77,56 @@ def gold_answer(answer: str) -> str:
 def last_number(text: str) -> str | None:
     """The last number in the text as it is written there, for lenient scoring; None where there is none.
 
-    What it returns is a number to `parse_number`.
+    What it returns is a number to `parse_number`. Numbers are told apart from the left: '1,2345' is 1 and 2345 rather
+    than 1,234 and 5, and '1.2.3' is 1.2 and 3. A scan would list them all to return one, and a megabyte holds half a
+    million; so the last one is read from its end, and what the ones before it have used up is found by counting.
 
     >>> last_number("16-3-4 = 9, so she makes 9 * 2 = $18."), last_number("it costs -$1,200.50 (about)")
     ('$18', '-$1,200.50')
     >>> last_number("none at all") is None
     True
     """
-    last = None
-    for match in _NUMBER_IN_TEXT.finditer(text):
-        last = match.group()
-    return last
+    end = 1 + max(map(text.rfind, _DIGITS))
+    if not end:
+        return None
+    run_start = len(text[:end].rstrip(_DIGITS + ",."))
+    number = _last_in_run(text[run_start:end])
+    start = end - len(number)
+    sign = _SIGN_BEFORE.search(text[max(0, start - 3) : start])  # two characters, and what stands before them
+    return sign.group() + number if sign else number
+
+
+def _last_in_run(run: str) -> str:
+    """The last number of digits, commas and dots that end in a digit."""
+    after_comma = run[run.rfind(",") + 1 :]
+    number = _last_decimal(after_comma)
+    is_group = number == after_comma != run and len(number.partition(".")[0]) == 3
+    return _groups_before(run[: -len(number)]) + number if is_group else number
+
+
+def _last_decimal(digits: str) -> str:
+    """The last number of digits and dots: numbers take the dots in turns, so it has one where their count is odd."""
+    digits = digits[digits.rfind("..") + 1 :]
+    dot = digits.rfind(".")
+    if digits.count(".") % 2:
+        dot = digits.rfind(".", 0, dot)
+    return digits[dot + 1 :]
+
+
+def _groups_before(run: str) -> str:
+    """What belongs to the number that goes on after this run, which ends in a comma: '1,072,' or '72,' or nothing."""
+    backwards = _GROUPS_BACKWARDS.match(run[::-1])
+    split = len(run) - (backwards.end() if backwards else 0)
+    before, groups = run[:split], run[split:]
+    if before.endswith(","):
+        first = _last_decimal(before[:-1].rpartition(",")[2])
+        if first.isdigit() and len(first) < 3 and first[0] != "0":
+            return f"{first},{groups}"
+    elif "." in _last_decimal((before + groups[:3]).rpartition(",")[2]):
+        groups = groups[4:]  # the first three digits are decimals of another number
+    first_digits = groups[::4]
+    zeros = len(first_digits) - len(first_digits.lstrip("0"))  # a number does not start with '000,'
+    return groups[4 * zeros :]
 
 
 def is_integer(text: str) -> bool:

@@ -67,7 +67,7 @@ def demonstration(example: Example, fmt: PromptFormat, terse: bool = False) -> s
     >>> demonstration(SHOT, FORMATS["hash"], terse=True)
     '#### 16'
     """
-    working = re.sub(r"<<[^>]*>>", "", example.solution.split("####")[0]).strip()
+    working = re.sub(r"<<[^<>]*>>", "", example.solution.split("####")[0]).strip()
     return fmt.render("" if terse else working, example.answer)
 
 

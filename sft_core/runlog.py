@@ -62,7 +62,8 @@ class RunFolder:
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def save_checkpoint(self, policy: Policy, step: int) -> Path:
-        return self._save(policy, self.path / "checkpoints" / f"step-{step:06d}")
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
+        return folder if folder.exists() else self._save(policy, folder)  # a failing step comes after a saved one
 
     def save_final(self, policy: Policy) -> Path:
         return self._save(policy, self.path / "final")

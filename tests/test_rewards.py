@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rewards import (
     REWARDS,
     Reward,
+    RewardError,
     completion_text,
     correctness_reward_func,
     extract_hash_answer,
@@ -660,7 +661,7 @@ def test_a_column_that_the_data_lacks_is_named():
 
 
 def test_a_type_error_inside_a_reward_is_not_mistaken_for_a_missing_column():
-    with pytest.raises(TypeError, match="unsupported operand"):
+    with pytest.raises(RewardError, match="f: raised TypeError: unsupported operand"):
         score([Reward("f", lambda prompts, completions, **columns: [1 + "1"])], ["?"], ["x"], {})
 
 

@@ -1,0 +1,218 @@
+"""The extraction and the reward functions take any string, in time linear in its length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from rewards import (
+    correctness_reward_func,
+    extract_hash_answer,
+    extract_xml_answer,
+    gold_answer,
+    is_integer,
+    last_number,
+    numeric_reward_func,
+    parse_number,
+    same_number,
+)
+from sft_core.prompts import FORMATS
+from tests.test_rewards import TEXT_REWARDS, best_time, gsm8k_answers
+
+# What the reward functions pay; the count of tags is a range, and is checked by itself.
+PAID = {
+    "correctness_reward_func": {0.0, 2.0},
+    "int_reward_func": {0.0, 0.5},
+    "strict_format_reward_func": {0.0, 0.5},
+    "soft_format_reward_func": {0.0, 0.5},
+    "numeric_reward_func": {0.0, 1.0},
+}
+
+# `last_number` as its definition: the last of the numbers found from the left. It takes 0.23 s for a hostile megabyte.
+NUMBER = re.compile(
+    r"""
+    (?: (?<![\w)%])[-+]\$? | \$[-+]? )?
+    (?: (?: [1-9][0-9]{0,2} (?: ,[0-9]{3}(?![0-9]) )+ | [0-9]+ ) (?: \.[0-9]+ )? | (?<![0-9])\.[0-9]+ )
+    """,
+    re.VERBOSE,
+)
+
+
+def last_of_a_scan(text: str) -> str | None:
+    found = None
+    for match in NUMBER.finditer(text):
+        found = match.group()
+    return found
+
+
+def check(texts: Sequence[str]) -> None:
+    """Every function on every text; each text is also the gold of the text before it and, in its tags, of itself."""
+    answers = [*texts[1:], texts[0]]
+    prompts = ["?"] * len(texts)
+    for completions in (texts, [[{"role": "assistant", "content": text}] for text in texts]):
+        paid = {
+            name: function(prompts=prompts, completions=completions, answer=answers)
+            for name, function in TEXT_REWARDS.items()
+        }
+        for name, values in PAID.items():
+            assert len(paid[name]) == len(texts) and set(paid[name]) <= values
+        for text, value in zip(texts, paid["xmlcount_reward_func"], strict=True):
+            assert -0.001 * len(text) <= value <= 0.5
+    for text in texts:
+        check_extraction(text)
+    inside = [f"<answer>{text}</answer>" for text in texts]
+    for text, value in zip(texts, correctness_reward_func(prompts, inside, answer=texts), strict=True):
+        plain = text.strip() and "</answer>" not in text and "<answer>" not in text and "####" not in text
+        assert value == 2.0 or not plain
+
+
+def check_extraction(text: str) -> None:
+    for found in (extract_xml_answer(text), extract_hash_answer(text), gold_answer(text)):
+        assert found is None or (found in text and found == found.strip())
+    assert [FORMATS[name].extract(text) for name in ("xml", "hash")] == [
+        extract_xml_answer(text),
+        extract_hash_answer(text),
+    ]
+    value, number = parse_number(text), last_number(text)
+    assert value is None or value.is_finite()
+    assert same_number(text, text) == (value is not None)
+    assert value is not None or not is_integer(text)
+    assert number == last_of_a_scan(text)
+    assert number is None or (number in text and parse_number(number) is not None)
+
+
+# --- 100,000 strings
+
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<answer", "</", "<", ">", "####", "###", "\n", "\n"]
+TAGS += [" ", "4", "1,072", "x", "\n</reasoning>\n<answer>\n", "<reasoning>\n", "\n</answer>\n", "\r\n"]
+NUMERIC = ["0", "1", "12", "000", "100", "072", ",", ",", ",100", ".", ".", "-", "+", "$", "%", " ", "a", ")", "e", "#"]
+NUMERIC += ["²", "٣", "７", "½", "−", "nan", "inf", "_", "0x", "9" * 320]
+ODD = ["\ud800", "\udfff", "\0", "\x1c", "\x85", "\u2028", "\u00a0", "\u200b", "\ufeff", "\U0001d7d8", "é", "😀"]
+ALPHABETS = [TAGS, NUMERIC, NUMERIC, TAGS + NUMERIC + ODD]
+
+STRINGS, BYTES = 25, 16  # in an example: that many strings, of so many bytes each
+
+
+def strings(data: bytes) -> Iterator[str]:
+    """Strings that are spelled by bytes. Hypothesis draws bytes a hundred times faster than lists of strings."""
+    for start in range(0, len(data), BYTES):
+        kind, length, *spelling = data[start : start + BYTES]
+        spelling = spelling[: 1 + length % (BYTES - 2)]
+        if kind % 5 < 4:
+            alphabet = ALPHABETS[kind % 5]
+            yield "".join(alphabet[byte % len(alphabet)] for byte in spelling)
+        else:
+            yield "".join(chr(first << 8 | second) for first, second in zip(spelling, spelling[1:], strict=False))
+
+
+def test_a_hundred_thousand_strings_raise_nothing_and_earn_what_is_documented() -> None:
+    seen: set[str] = set()
+
+    @given(st.binary(min_size=STRINGS * BYTES, max_size=STRINGS * BYTES))
+    @settings(database=None, deadline=None, max_examples=5_000, suppress_health_check=list(HealthCheck))
+    def fuzz(data: bytes) -> None:
+        texts = list(strings(data))
+        seen.update(texts)
+        check(texts)
+
+    fuzz()
+    assert len(seen) >= 100_000
+
+
+ANY = st.text(st.characters(exclude_categories=[]))  # lone surrogates as well
+
+
+@given(st.lists(ANY, min_size=1, max_size=4))
+@settings(database=None, deadline=None, max_examples=1_000)
+@example(["nan", "inf", "-Infinity", "sNaN", "1e999999999", "1_000", "0x10", "²", "٣", "７", "½", "−7"])
+@example(["7" * 5_000, "9" * 400, "8" * 400, "." + "3" * 5_000, "1" + ",000" * 2_000, "-" * 5_000 + "1"])
+@example(["\0", "\ud800", "\udfff<answer>\ud800</answer>", "#### \0", "<answer>\0</answer>", "\x1c####\x85 4\u2028"])
+@example(["9**9**9", "__import__('os')", "{}", "%s", "\\", "\\d+", "(a+)+$", "4" * 4_301])
+@example(["", " ", "\n", "#" * 9, "<answer></answer>", "</answer><answer>", "<answer><answer>4</answer></answer>"])
+def test_any_text_of_any_script_raises_nothing_and_earns_what_is_documented(texts: list[str]) -> None:
+    check(texts)
+
+
+# --- a megabyte
+
+MEGABYTE = 1_000_000
+UNITS = [*dict.fromkeys(TAGS + ODD), "1", "0", ",", "1,", "1,000,", "000,", "1.", ".1", "1.1,", "1,1.", "-", "1-", "$-"]
+UNITS += ["$", "%", ".%", "²", "7²", "٣", "#", "####\n", "#### 1\n", "<answer>\n", "<reasoning><answer>", " \n", "\t"]
+UNITS += ["</reasoning> ", "</reasoning>\n\n", "</reasoning> <answer>", "<answer>9", "<answer>9</answer>", "\n</answer"]
+SHAPES = {
+    "bare": ("", ""),
+    "as the xml answer": ("<reasoning>\nso\n</reasoning>\n<answer>1", "2</answer>"),
+    "as the hash answer": ("so\n#### 1", "2"),
+    "inside the strict format": ("<reasoning>\n", "\n</reasoning>\n<answer>\n4\n</answer>\n"),
+    "between the tags": ("<reasoning>a</reasoning>", "<answer>4</answer>"),
+    "after the end": ("<reasoning>\na\n</reasoning>\n<answer>\n4\n</answer>", ""),
+}
+
+
+def judged(name: str) -> Callable[[str], object]:
+    return lambda text: TEXT_REWARDS[name](prompts=["?"], completions=[text], answer=["4"])
+
+
+FUNCTIONS: dict[str, Callable[[str], object]] = {name: judged(name) for name in TEXT_REWARDS} | {
+    "correctness of the gold itself": lambda text: correctness_reward_func(["?"], [text], answer=[text]),
+    "numeric reward of the gold itself": lambda text: numeric_reward_func(["?"], [text], answer=[text]),
+    "extract_xml_answer": extract_xml_answer,
+    "extract_hash_answer": extract_hash_answer,
+    "gold_answer": gold_answer,
+    "last_number": last_number,
+    "is_integer": is_integer,
+    "parse_number": parse_number,
+    "same_number as itself": lambda text: same_number(text, text),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_megabyte_of_anything_costs_every_function_less_than_50_ms(shape: str) -> None:
+    start, end = SHAPES[shape]
+    for unit in UNITS:
+        text = start + unit * (MEGABYTE // len(unit)) + end
+        for name, function in FUNCTIONS.items():
+            seconds = best_time(lambda function=function, text=text: function(text), enough=0.05)
+            assert seconds < 0.05, f"{name} took {seconds:.3f} s on {unit!r} repeated, {shape}"
+
+
+def growth(function: Callable[[str], object], unit: str, start: str, end: str, length: int) -> float:
+    """How many times as long four times the text takes; 0 where even that is too quick to be measured."""
+    small, large = (start + unit * (n // len(unit)) + end for n in (length, 4 * length))
+    slow = best_time(lambda: function(large), enough=0.002)
+    if slow < 0.002:
+        return 0.0
+    ratio = slow / best_time(lambda: function(small), enough=0.0)
+    if ratio < 8:
+        return ratio
+    return best_time(lambda: function(large), enough=0.0) / best_time(lambda: function(small), enough=0.0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_four_times_the_text_costs_less_than_eight_times_the_time(name: str) -> None:
+    for unit in UNITS:
+        for start, end in (SHAPES["bare"], SHAPES["as the xml answer"], SHAPES["as the hash answer"]):
+            ratio = growth(FUNCTIONS[name], unit, start, end, MEGABYTE // 4)
+            assert ratio < 8, f"{name}: {ratio:.1f} times as long on {unit!r} repeated"
+
+
+def test_the_measure_of_growth_sees_a_pattern_that_backtracks() -> None:
+    customary = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+    assert growth(customary.match, "</reasoning><answer>", "<reasoning>", "", 8_000) > 8
+    assert growth(lambda text: re.findall(r"#+\d", text), "#", "", "", 1_000) > 8
+
+
+# --- real text
+
+
+def test_the_last_number_of_every_real_solution_is_its_gold() -> None:
+    answers = gsm8k_answers()
+    assert len(answers) == 8_792
+    for answer in answers:
+        gold = gold_answer(answer)
+        for text in (answer, f"So it is {gold}.", f"so:\n{gold.replace(',', '')}"):
+            assert same_number(last_number(text) or "", gold)
