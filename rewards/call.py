@@ -235,7 +235,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
             armed = False  # an alarm from here on raises nothing: it could come in the middle of taking it off
     finally:
         left = max(earlier - (time.monotonic() - start), 1e-6) if earlier else 0.0
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # first: an alarm without a handler ends the process
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, left, interval)
     if expired:

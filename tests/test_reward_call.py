@@ -156,7 +156,7 @@ def test_a_function_that_hangs_is_stopped_and_named_with_its_row_and_with_where_
 
     start = time.monotonic()
     error = failure(each(endless), timeout=0.3)
-    assert 0.5 < time.monotonic() - start < 2  # once the batch, once the row
+    assert 0.5 < time.monotonic() - start < 10  # once the batch, once the row
     assert error.row == 2 and re.search(BAD, str(error))
     assert "did not return within 0.3 seconds (--reward_timeout) for row 2" in str(error)
     assert "in endless\n" in error.traceback
@@ -166,40 +166,46 @@ def backtrack(text: str) -> float:
     return float(bool(re.match(r"(a+)+$", "a" * 40 + "b")))
 
 
-def swallow(text: str) -> float:
+def keep_going(text: str) -> float:
     try:
-        time.sleep(0.5)
+        time.sleep(60)
     except Exception:
+        pytest.fail("a function's own `except Exception` is not for the time limit")
+    return 1.0
+
+
+def sleep_again(text: str) -> float:
+    try:
+        time.sleep(60)
+    except:  # noqa: E722
         time.sleep(60)
     return 1.0
 
 
-def swallow_all(text: str) -> float:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            time.sleep(60)
-        except:  # noqa: E722
-            return 1.0
+def come_back_late(text: str) -> float:
+    try:
+        time.sleep(60)
+    except:  # noqa: E722
+        return 1.0
     return 1.0
 
 
-@pytest.mark.parametrize("hang", [backtrack, lambda text: time.sleep(60), swallow, swallow_all])
+@pytest.mark.parametrize("hang", [backtrack, lambda text: time.sleep(60), keep_going, sleep_again, come_back_late])
 def test_regular_expressions_sleeps_and_functions_that_catch_everything_are_stopped_too(hang: Function) -> None:
     start = time.monotonic()
     error = failure(each(hang), timeout=0.2, rows=["one"])
     assert error.row == 0 and "did not return within 0.2 seconds" in str(error)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10
 
 
 def test_many_slow_rows_are_not_blamed_on_the_one_at_which_the_time_was_up() -> None:
-    error = failure(each(lambda text: time.sleep(0.1)), timeout=0.3)
+    error = failure(each(lambda text: time.sleep(0.2)), timeout=0.6)
     assert error.row is None and "for the batch of 4 rows, but for none of them by itself" in str(error)
 
 
 def test_the_limit_is_each_functions_own_and_0_is_none() -> None:
-    slow = [Reward(name, each(lambda text: time.sleep(0.15))) for name in ("a", "b", "c")]
-    assert score(slow, ["?"], ["x"], {}, timeout=0.3).by_function == {"a": [None], "b": [None], "c": [None]}
+    slow = [Reward(name, each(lambda text: time.sleep(0.2))) for name in ("a", "b", "c")]
+    assert score(slow, ["?"], ["x"], {}, timeout=0.55).by_function == {"a": [None], "b": [None], "c": [None]}
     assert score(slow, ["?"], ["x"], {}, timeout=0).by_function["c"] == [None]
 
 
@@ -209,10 +215,10 @@ def test_no_alarm_is_left_and_an_earlier_one_goes_on() -> None:
     try:
         assert within(5, lambda: 4) == 4
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
         within(5, lambda: time.sleep(0.1))
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.2 and rung == []
-        time.sleep(0.4)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.9 and rung == []
+        time.sleep(1.1)
         assert rung == [signal.SIGALRM]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -202,7 +202,7 @@ def test_four_times_the_text_costs_less_than_eight_times_the_time(name: str) -> 
 
 def test_the_measure_of_growth_sees_a_pattern_that_backtracks() -> None:
     customary = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
-    assert growth(customary.match, "</reasoning><answer>", "<reasoning>", "", 8_000) > 8
+    assert growth(customary.match, "</reasoning><answer>", "<reasoning>", "", 2_000) > 8
     assert growth(lambda text: re.findall(r"#+\d", text), "#", "", "", 1_000) > 8
 
 
