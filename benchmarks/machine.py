@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sft_core.precision import pick_device, pick_precision
+
 GIB = 2**30
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,34 @@ class Ceilings:
 @dataclass(frozen=True)
 class Machine:
     """A device that a run may be planned for. `memory` in bytes; `rates`: dense matrix products, flop/s by dtype;
-    `bandwidth`: bytes/s."""
+    `bandwidth`: bytes/s. Without `rates` it is the machine at hand, to be measured."""
 
     name: str
     kind: str  # torch's name for it: cpu, cuda
     memory: float
+    best: torch.dtype  # what --precision auto picks there
     rates: dict[torch.dtype, float]
     bandwidth: float
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
-        return Ceilings(self.rates[dtype], self.bandwidth)
+        return Ceilings(self.rates[dtype], self.bandwidth) if self.rates else measured(torch.device(self.kind), dtype)
 
 
-def _gpu(name: str, gib: float, half: float, single: float, bandwidth: float) -> Machine:
-    """Memory in GiB, rates in Tflop/s, bandwidth in GB/s."""
-    rates = {torch.float16: half * 1e12, torch.bfloat16: half * 1e12, torch.float32: single * 1e12}
-    return Machine(name, "cuda", gib * GIB, rates, bandwidth * 1e9)
+def _gpu(name: str, gib: float, half: float, single: float, bandwidth: float, bf16: bool = True) -> Machine:
+    """Memory in GiB, rates in Tflop/s, bandwidth in GB/s. A bf16 that is only emulated is no faster than float32."""
+    rates = {torch.float16: half, torch.bfloat16: half if bf16 else single, torch.float32: single}
+    best = torch.bfloat16 if bf16 else torch.float16
+    return Machine(
+        name, "cuda", gib * GIB, best, {dtype: rate * 1e12 for dtype, rate in rates.items()}, bandwidth * 1e9
+    )
 
 
 # Rates and bandwidth from NVIDIA's data sheets, dense (sheets that count sparsity say twice as much); float32 without
 # TF32, which PyTorch leaves off. Memory is less than a sheet's: what PyTorch gives as "total capacity" when it runs out
 # on such a device, after error correction and the driver's share (T4s are seen with 14.56 to 14.75 GiB).
 GPUS = {
-    # "NVIDIA T4" (2019): 65 Tflop/s fp16, 8.1 fp32, 320 GB/s, 16 GB. It has no bf16: see below.
-    "t4": _gpu("T4", 14.56, 65, 8.1, 320),
+    # "NVIDIA T4" (2019): 65 Tflop/s fp16, 8.1 fp32, 320 GB/s, 16 GB; no bf16.
+    "t4": _gpu("T4", 14.56, 65, 8.1, 320, bf16=False),
     # "NVIDIA L4" (2023): 242 Tflop/s fp16 and bf16 with sparsity, 30.3 fp32, 300 GB/s, 24 GB.
     "l4": _gpu("L4", 22.05, 121, 30.3, 300),
     # "NVIDIA A10G" (Amazon's g5): 70 Tflop/s fp16 and bf16, 35 fp32, 600 GB/s, 24 GB. (The A10 has 125 and 31.)
@@ -61,11 +66,10 @@ GPUS = {
     # "NVIDIA H100 Tensor Core GPU" (SXM5): 1,979 Tflop/s fp16 and bf16 with sparsity, 67 fp32, 3.35 TB/s, 80 GB.
     "h100": _gpu("H100", 79.1, 989, 67, 3350),
 }
-GPUS["t4"].rates[torch.bfloat16] = GPUS["t4"].rates[torch.float32]  # emulated: no faster than float32 at best
 
 
-def machine(name: str, dtype: torch.dtype = torch.float32) -> Machine:
-    """A GPU by name, or `this` machine: its GPU where it has one, else its CPU, measured in `dtype`.
+def machine(name: str) -> Machine:
+    """A GPU by name, or `this` machine: its GPU where it has one, else its CPU.
 
     Raises:
         ValueError: no such name.
@@ -74,9 +78,9 @@ def machine(name: str, dtype: torch.dtype = torch.float32) -> Machine:
         return GPUS[name.lower()]
     if name != "this":
         raise ValueError(f"--gpu {name}: expected one of {', '.join(GPUS)}, or this (measured here)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ceilings = measured(device, dtype)
-    return Machine(f"this {device.type}", device.type, _capacity(device), {dtype: ceilings.flops}, ceilings.bytes)
+    device = pick_device("auto")
+    best = pick_precision("auto", device).autocast_dtype or torch.float32
+    return Machine(f"this machine's {device.type.upper()}", device.type, _capacity(device), best, {}, 0.0)
 
 
 @cache
