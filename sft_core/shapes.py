@@ -61,7 +61,7 @@ def shapes_of(config: ModelConfig, source: Source | None) -> Shapes:
     heads = values.num_attention_heads
     width = getattr(values, "head_dim", None) or values.hidden_size // heads
     sides = [side for _, matrix in _matrices(layers[0]) for side in matrix.weight.shape]
-    norms = [m for m in layers[0].modules() if type(m).__name__.endswith("Norm")]
+    norms: list[Any] = [m for m in layers[0].modules() if type(m).__name__.endswith("Norm")]
     return Shapes(
         trained=adapter or sizes,
         base=sum(sizes),

@@ -182,6 +182,18 @@ def test_a_tied_embeddings_gradient_waits_for_the_heads_and_for_earlier_micro_ba
     assert [extra(ROUND, 8), extra(ROUND, 4), extra(untied, 8), extra(untied, 4)] == [40_000, 80_000, 0, 40_000]
 
 
+def test_freed_memory_that_a_cpu_keeps_is_an_allowance_of_its_own() -> None:
+    def allowed(shapes: Shapes = ROUND, **values: Any) -> float:
+        return moment("the update", shapes, kind="cpu", **values).get("kept when freed", 0.0)
+
+    assert allowed(micro_batch=8) == 3 * 4 * 32 * 1000
+    assert allowed(micro_batch=8, logit_chunk=5000) == 3 * 4 * 5 * 1000
+    assert allowed(micro_batch=4) == 3 * 4 * 16 * 1000 + 3 * 4 * 10_000
+    assert allowed(ADAPTED, micro_batch=4) == 3 * 4 * 16 * 1000
+    assert allowed(keep_freed_memory=False) == 0
+    assert "kept when freed" not in moment("the update", kind="cuda")
+
+
 def test_each_flag_that_is_named_saves_what_it_says_and_none_is_named_that_does_not(folder: Path) -> None:
     wide = ["--config_overrides", "hidden_size=512", "vocab_size=100000", "intermediate_size=2048"]
     config = workload("qwen-0.5b", ["--model", str(folder), *wide, "--gradient_checkpointing", "False", "--device=cpu"])
@@ -261,13 +273,15 @@ def test_activations_are_what_autograd_saves(family: Any, packed: bool, half: bo
     ],
     ids=["reference", "micro-batches"],
 )
-def test_the_peak_of_a_real_run_is_the_forecasts(folder: Path, flags: list[str]) -> None:
+@pytest.mark.parametrize("keep", ["True", "False"], ids=["kept", "given back"])
+def test_the_peak_of_a_real_run_is_the_forecasts(folder: Path, flags: list[str], keep: str) -> None:
     shape = ["hidden_size=512", "intermediate_size=2048", "vocab_size=40000"]
     common = ["--prompt_format", "hash", "--system_prompt=", "--max_completion_tokens", "16", "--device", "cpu"]
     config = workload("qwen-0.5b", ["--model", str(folder), "--config_overrides", *shape, *common, *flags])
+    config = replace(config, keep_freed_memory=keep == "True")
     found = run(config, steps=2)
     forecast = question_of(config, "this", int(found["prompt"]), int(found["completion"])).plan
-    assert forecast.peak == pytest.approx(found["peak_bytes"], rel=0.15)
+    assert forecast.peak == pytest.approx(found["peak_bytes"], rel=0.12)
 
 
 # ------------------------------------------------------------------------------------------------------- the programs
