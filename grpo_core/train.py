@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from eval.evaluate import Evaluation, evaluate, summary_table
 from grpo_core.config import GRPOConfig
+from grpo_core.memory import forecast
 from grpo_core.metrics import extracted_and_expected, step_record
 from grpo_core.reference import Reference
 from grpo_core.rollout import REWARD_COLUMNS
@@ -63,6 +64,7 @@ class GRPOJob:
         config, task = self.config, self.task
         source = self.source or find_source(replace(config, model=str(tiny_sft(config))))
         folder = RunFolder(config, "grpo")
+        print(forecast(config, source))
         learner = self.learner(source)
         policy = learner.policy
 

@@ -29,10 +29,9 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_tiny(folder: Path, seed: int) -> Path:
-    """Write the untrained model and its tokenizer to `folder` in Hugging Face format."""
-    tokenizer = build_tokenizer()
-    config = Qwen2Config(
+def model_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
+    """The built-in model's shape."""
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -45,9 +44,14 @@ def build_tiny(folder: Path, seed: int) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def build_tiny(folder: Path, seed: int) -> Path:
+    """Write the untrained model and its tokenizer to `folder` in Hugging Face format."""
+    tokenizer = build_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(model_config(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

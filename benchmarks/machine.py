@@ -1,0 +1,128 @@
+"""What a machine can do at most: GPUs by name from their vendor's data sheets, the machine at hand by measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sft_core.precision import pick_device, pick_precision
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What no step can exceed: floating-point operations a second (a multiply-add is two) and bytes of memory read or
+    written a second."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device that a run may be planned for. `memory` in bytes; `rates`: dense matrix products, flop/s by dtype;
+    `bandwidth`: bytes/s. Without `rates` it is the machine at hand, to be measured."""
+
+    name: str
+    kind: str  # torch's name for it: cpu, cuda
+    memory: float
+    best: torch.dtype  # what --precision auto picks there
+    rates: dict[torch.dtype, float]
+    bandwidth: float
+
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        return Ceilings(self.rates[dtype], self.bandwidth) if self.rates else measured(torch.device(self.kind), dtype)
+
+
+def _gpu(name: str, gib: float, half: float, single: float, bandwidth: float, bf16: bool = True) -> Machine:
+    """Memory in GiB, rates in Tflop/s, bandwidth in GB/s. A bf16 that is only emulated is no faster than float32."""
+    rates = {torch.float16: half, torch.bfloat16: half if bf16 else single, torch.float32: single}
+    best = torch.bfloat16 if bf16 else torch.float16
+    return Machine(
+        name, "cuda", gib * GIB, best, {dtype: rate * 1e12 for dtype, rate in rates.items()}, bandwidth * 1e9
+    )
+
+
+# Rates and bandwidth from NVIDIA's data sheets, dense (sheets that count sparsity say twice as much); float32 without
+# TF32, which PyTorch leaves off. Memory is less than a sheet's: what PyTorch gives as "total capacity" when it runs out
+# on such a device, after error correction and the driver's share (T4s are seen with 14.56 to 14.75 GiB).
+GPUS = {
+    # "NVIDIA T4" (2019): 65 Tflop/s fp16, 8.1 fp32, 320 GB/s, 16 GB; no bf16.
+    "t4": _gpu("T4", 14.56, 65, 8.1, 320, bf16=False),
+    # "NVIDIA L4" (2023): 242 Tflop/s fp16 and bf16 with sparsity, 30.3 fp32, 300 GB/s, 24 GB.
+    "l4": _gpu("L4", 22.05, 121, 30.3, 300),
+    # "NVIDIA A10G" (Amazon's g5): 70 Tflop/s fp16 and bf16, 35 fp32, 600 GB/s, 24 GB. (The A10 has 125 and 31.)
+    "a10g": _gpu("A10G", 22.05, 70, 35, 600),
+    # "NVIDIA A100 Tensor Core GPU": 312 Tflop/s fp16 and bf16, 19.5 fp32; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039.
+    "a100": _gpu("A100 40 GB", 39.39, 312, 19.5, 1555),
+    "a100-80": _gpu("A100 80 GB", 79.15, 312, 19.5, 2039),
+    # "NVIDIA H100 Tensor Core GPU" (SXM5): 1,979 Tflop/s fp16 and bf16 with sparsity, 67 fp32, 3.35 TB/s, 80 GB.
+    "h100": _gpu("H100", 79.1, 989, 67, 3350),
+}
+
+
+def machine(name: str) -> Machine:
+    """A GPU by name, or `this` machine: its GPU where it has one, else its CPU.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    if name != "this":
+        raise ValueError(f"--gpu {name}: expected one of {', '.join(GPUS)}, or this (measured here)")
+    device = pick_device("auto")
+    best = pick_precision("auto", device).autocast_dtype or torch.float32
+    return Machine(f"this machine's {device.type.upper()}", device.type, _capacity(device), best, {}, 0.0)
+
+
+@cache
+def measured(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The machine at hand, with as many threads as PyTorch uses now. About two seconds; the best of several tries,
+    since whatever else runs here can only slow them down."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    flops = 2 * size**3 / _best_seconds(lambda: left @ right, device)
+
+    # Far more than any cache holds. Copying reads and writes each byte; a sum only reads.
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)  # float32: 1 GB or 256 MB
+    target, size_bytes = torch.empty_like(source), source.numel() * source.element_size()
+    copied = 2 * size_bytes / _best_seconds(lambda: target.copy_(source), device)
+    read = size_bytes / _best_seconds(lambda: source.sum(), device)
+    return Ceilings(flops, max(copied, read))
+
+
+def _best_seconds(work: Callable[[], Tensor], device: torch.device, budget: float = 0.6) -> float:
+    """The shortest of the calls that fit into `budget` seconds, at least three, after one that is not counted."""
+    work()
+    best, began = float("inf"), time.perf_counter()
+    calls = 0
+    while calls < 3 or time.perf_counter() - began < budget:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        best, calls = min(best, time.perf_counter() - start), calls + 1
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _capacity(device: torch.device) -> float:
+    """Bytes of memory that the device has; of a CPU, what the system says is to be had now (Linux)."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    info = Path("/proc/meminfo")
+    text = info.read_text() if info.exists() else ""
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024.0 if found else float("inf")

@@ -1,0 +1,171 @@
+"""Will it fit, how long will a step take at least, and what would make it smaller? Before a run, from shapes alone:
+
+    python -m benchmarks.plan t4 --gpu t4
+    python -m benchmarks.plan qwen-0.5b --gpu this --model FOLDER --prompt_tokens 105
+    python -m benchmarks.plan --check --model FOLDER        # the forecast beside real runs
+
+The first argument is a preset of grpo_core or of this package. --gpu: t4, l4, a10g, a100, a100-80, h100, or `this`
+machine, whose speed is measured. Any other flag is one of grpo_core.train. No weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.machine import Machine, machine
+from benchmarks.roofline import phases
+from benchmarks.tables import markdown
+from benchmarks.workload import names, workload
+from grpo_core.config import GRPOConfig
+from grpo_core.memory import GB, Lengths, Plan, plan
+from sft_core.cli import user_errors
+from sft_core.shapes import Shapes, shapes_of
+from sft_core.source import Source, find_source
+
+SMALLEST_SAVING = 0.05 * GB  # less is not worth a flag
+
+
+@dataclass(frozen=True)
+class Question:
+    """A configuration on a machine, with the lengths that are planned for (None: the longest that it admits)."""
+
+    config: GRPOConfig
+    source: Source | None
+    where: Machine
+    lengths: Lengths
+
+    @property
+    def shapes(self) -> Shapes:
+        return shapes_of(self.config, self.source)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products on that machine: what `--precision auto` would pick there."""
+        named = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return named.get(self.config.precision, self.where.best)
+
+    @property
+    def half(self) -> bool:
+        return self.dtype != torch.float32
+
+    @property
+    def plan(self) -> Plan:
+        return plan(self.config, self.shapes, self.half, self.where.kind, self.lengths)
+
+
+def answer(question: Question) -> str:
+    """The whole answer, as Markdown."""
+    forecast, where = question.plan, question.where
+    fits = "fits" if forecast.peak <= where.memory else "does NOT fit"
+    lengths = f"prompts of {question.lengths.prompt} tokens, completions of {question.lengths.completion}"
+    parts = [
+        f"{where.name}, {str(question.dtype).removeprefix('torch.')}, {lengths}",
+        f"Peak memory {forecast.peak / GB:.2f} GB of {where.memory / GB:.2f} GB, in {forecast.worst}: it {fits}.",
+        markdown([["held at the peak", "GB"], *([name, f"{size / GB:.2f}"] for name, size in forecast.items.items())]),
+        markdown([["moment", "GB"], *([name, f"{size / GB:.2f}"] for name, size in by_moment(forecast))]),
+        "At least, by arithmetic and memory traffic alone:",
+        markdown(time_table(question)),
+    ]
+    saved = [[flags, f"{size / GB:.2f}", f"{left / GB:.2f}"] for flags, size, left in savings(question)]
+    if saved:
+        parts += ["What a flag would save:", markdown([["flag", "GB less", "peak then"], *saved])]
+    return "\n\n".join(parts)
+
+
+def by_moment(forecast: Plan) -> list[tuple[str, float]]:
+    """The moments' sums in bytes, the largest first."""
+    sums = [(name, sum(items.values())) for name, items in forecast.moments.items()]
+    return sorted(sums, key=lambda pair: -pair[1])
+
+
+def time_table(question: Question) -> list[list[str]]:
+    """Seconds by phase and what each waits for."""
+    ceilings = question.where.ceilings(question.dtype)
+    found = phases(question.config, question.shapes, question.half, question.lengths)
+    rows = [["phase", "seconds", "Tflop", "GB moved", "waits for"]]
+    for name, phase in found.items():
+        numbers = [f"{phase.seconds(ceilings):.3f}", f"{phase.flops / 1e12:.3f}", f"{phase.bytes / GB:.1f}"]
+        rows.append([name, *numbers, phase.bound(ceilings)])
+    total = sum(phase.seconds(ceilings) for phase in found.values())
+    return [*rows, ["a step", f"{total:.3f}", "", "", ""]]
+
+
+def savings(question: Question) -> list[tuple[str, float, float]]:
+    """Flags that make the peak smaller: the flag, the bytes it saves by itself, the peak with it; the most first."""
+    peak, found = question.plan.peak, []
+    for flags, changed in alternatives(question.config, question.where.kind):
+        left = replace(question, config=changed).plan.peak
+        if peak - left >= SMALLEST_SAVING:
+            found.append((flags, peak - left, left))
+    return sorted(found, key=lambda each: each[2])
+
+
+def alternatives(config: GRPOConfig, kind: str) -> Iterator[tuple[str, GRPOConfig]]:
+    """The same run with one flag changed. All but --lora and --beta 0 leave what is learned as it is."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("--gradient_checkpointing", {"gradient_checkpointing": True}),
+        ("--offload_optimizer cpu", {"offload_optimizer": "cpu"})
+        if kind != "cpu"
+        else ("--offload_optimizer FOLDER", {"offload_optimizer": "."}),
+        ("--beta 0", {"beta": 0.0, "ref_sync_every": 0, "kl_correction": False}),
+        ("--share_prompts", {"share_prompts": True}),
+    ]
+    changes += [(f"--micro_batch {n}", {"micro_batch": n}) for n in sorted({config.micro_batch // 2, 1} - {0})]
+    changes += [(f"--logit_chunk {n}", {"logit_chunk": n}) for n in (2**26, 2**24) if not 0 < config.logit_chunk <= n]
+    if config.eval_problems:
+        asked = -(-config.eval_batch_size // 4)
+        changes.append((f"--eval_batch_size {asked}", {"eval_batch_size": asked}))
+    if not config.adapter_path:
+        changes.append(("--lora", {"lora": True}))
+    for flags, values in changes:
+        if any(getattr(config, name) != value for name, value in values.items()):
+            yield flags, replace(config, **values)
+
+
+def question_of(config: GRPOConfig, gpu: str, prompt_tokens: int, completion_tokens: int) -> Question:
+    """Raises:
+    ValueError: as `machine` and `find_source`; a length below 0.
+    """
+    where = machine(gpu)
+    for flag, value in (("prompt_tokens", prompt_tokens), ("completion_tokens", completion_tokens)):
+        if value < 0:
+            raise ValueError(f"--{flag} {value}: expected 1 or more, or 0 for the longest that the config admits")
+    lengths = Lengths(prompt_tokens or config.max_prompt_tokens, completion_tokens or config.max_completion_tokens)
+    source = None if config.model == "tiny" else find_source(config)
+    return Question(config, source, where, lengths)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # By hand: argparse would take the value of a flag that is not its own for the name.
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "t4"
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [NAME] [--gpu NAME] [--check] [--flag value ...]",
+        description=__doc__,
+        epilog=f"NAME: {', '.join(names())}; default: t4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="this", help="default: this machine")
+    parser.add_argument("--prompt_tokens", type=int, default=0, help="default: --max_prompt_tokens")
+    parser.add_argument("--completion_tokens", type=int, default=0, help="default: --max_completion_tokens")
+    parser.add_argument("--check", action="store_true", help="compare the forecast with real runs on this machine")
+    given, flags = parser.parse_known_args(arguments)
+    with user_errors():
+        if given.check:
+            from benchmarks.plan_check import check
+
+            print(check(flags))
+            return
+        config = workload(name, flags)
+        print(answer(question_of(config, given.gpu, given.prompt_tokens, given.completion_tokens)))
+
+
+if __name__ == "__main__":
+    main()
