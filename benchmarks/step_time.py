@@ -23,15 +23,21 @@ import torch
 
 import eval.generation
 import grpo_core.rollout
+from benchmarks.machine import Ceilings
+from benchmarks.machine import measured as ceilings_of
 from benchmarks.memory import peak_bytes, reset_peak
+from benchmarks.roofline import phases
 from benchmarks.tables import markdown
 from benchmarks.workload import Steps, names, with_start, workload
+from grpo_core.memory import Lengths
 from grpo_core.step import StepReport
 from sft_core.cli import user_errors
 from sft_core.runlog import provenance, shown_flags
+from sft_core.shapes import shapes_of
+from sft_core.source import find_source
 
 GB = 1e9
-PHASES = ("prefill", "decode", "reward", "reference", "forward and backward", "optimizer")
+PHASES = ("prefill", "decode", "reward", "reference", "learner", "optimizer")
 
 
 @dataclass
@@ -76,7 +82,7 @@ def timed_phases(steps: Steps) -> Iterator[tuple[Steps, Clock]]:
     places: list[tuple[Any, str, str, str | None]] = [
         (eval.generation, "prefill_once", "prefill", "decode"),
         (grpo_core.rollout, "score_groups", "reward", None),
-        (learner.optimizer, "accumulate", "forward and backward", None),
+        (learner.optimizer, "accumulate", "learner", None),
         (learner.optimizer, "clip_and_step", "optimizer", None),
     ]
     if learner.reference:
@@ -103,19 +109,34 @@ def measured(steps: Steps, count: int, warm_up: int) -> tuple[Clock, list[StepRe
     return clock, reports, whole
 
 
-def table(clock: Clock, reports: Sequence[StepReport], whole: Sequence[float]) -> str:
-    """A line for each phase, and one for the whole step."""
+def table(clock: Clock, reports: Sequence[StepReport], whole: Sequence[float], least: dict[str, float]) -> str:
+    """A line for each phase, and one for the whole step. `least`: the seconds that a phase must take."""
     completion = statistics.mean(int(report.rollout.samples.rows.completion_len_N.sum()) for report in reports)
-    rows = [["phase", "seconds (median)", "share of the step", "completion tokens/s", "peak memory"]]
+    rows = [["phase", "seconds (median)", "share", "completion tokens/s", "of the machine's ceiling", "peak memory"]]
     total = statistics.median(whole)
     for phase in PHASES:
         seconds = statistics.median(step.get(phase, 0.0) for step in clock.seconds)
         if seconds:
-            peak = f"{clock.peak[phase] / GB:.2f} GB"
-            rows.append([phase, f"{seconds:.3f}", f"{seconds / total:.0%}", f"{completion / seconds:.0f}", peak])
+            reached = f"{least[phase] / seconds:.0%}" if phase in least else ""
+            numbers = [f"{seconds:.3f}", f"{seconds / total:.0%}", f"{completion / seconds:.0f}", reached]
+            rows.append([phase, *numbers, f"{clock.peak[phase] / GB:.2f} GB"])
     peak = f"{max(clock.peak.values()) / GB:.2f} GB"
-    rows.append(["**step**", f"{total:.3f}", "", f"{completion / total:.0f}", peak])
+    reached = f"{sum(least.values()) / total:.0%}"
+    rows.append(["**step**", f"{total:.3f}", "", f"{completion / total:.0f}", reached, peak])
     return markdown(rows)
+
+
+def least_seconds(steps: Steps, reports: Sequence[StepReport], ceilings: Ceilings) -> dict[str, float]:
+    """What each phase would take if it ran at a ceiling of the machine, for the lengths that were met."""
+    config, policy = steps.learner.config, steps.learner.policy
+    lengths = Lengths(*(round(_mean_length(reports, name)) for name in ("prompt_len_N", "completion_len_N")))
+    half = policy.precision.autocast_dtype is not None
+    found = phases(config, shapes_of(config, find_source(config)), half, lengths)
+    return {name: phase.seconds(ceilings) for name, phase in found.items()}
+
+
+def _mean_length(reports: Sequence[StepReport], name: str) -> float:
+    return statistics.mean(float(getattr(report.rollout.samples.rows, name).float().mean()) for report in reports)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,13 +153,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(), tempfile.TemporaryDirectory() as folder:
         config = workload(options.workload, ["--max_steps", str(options.steps + options.warm_up), *flags])
         steps = Steps.of(with_start(config, Path(folder)))
-        report = table(*measured(steps, options.steps, options.warm_up))
+        clock, reports, whole = measured(steps, options.steps, options.warm_up)
+        dtype = steps.learner.policy.precision.autocast_dtype or torch.float32
+        ceilings = ceilings_of(clock.device, dtype)
+        report = table(clock, reports, whole, least_seconds(steps, reports, ceilings))
     origin = provenance(None)
     text = "\n".join(
         [
             f"# Step time: `{options.workload}`",
             "",
-            f"{options.steps} steps after {options.warm_up} of warm-up.",
+            f"{options.steps} steps after {options.warm_up} of warm-up. Ceilings measured here: "
+            f"{ceilings.flops / 1e9:.0f} Gflop/s in {str(dtype).removeprefix('torch.')}, "
+            f"{ceilings.bytes / GB:.1f} GB/s; a phase's share of them is its roofline time (benchmarks/roofline.py) "
+            "over its own.",
             "",
             report,
             "",

@@ -104,7 +104,7 @@ def test_phases_add_up_to_the_step_and_prefill_is_not_counted_twice(
         assert 0.5 * total < sum(seconds.values()) <= total
     step_time.main(["tiny", "--steps=1", "--warm_up=0", "--output", str(tmp_path / "t.md"), *small(tmp_path)])
     printed = capsys.readouterr().out
-    assert "| forward and backward |" in printed and "| reference |" not in printed  # beta 0
+    assert "| learner |" in printed and "| reference |" not in printed  # beta 0
     assert (tmp_path / "t.md").read_text() in printed + "\n" and str(tmp_path) not in printed
 
 
