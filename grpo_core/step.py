@@ -108,8 +108,8 @@ def grpo_step(learner: Learner, examples: Sequence[Example], more: Draw | None =
             terms_of_each = optimizer.accumulate(rows, learn)
             clock.lap("backward")
             grad_norm, again = optimizer.clip_and_step()
-            tally.add_all(terms_of_each)
             clock.lap("optimizer")
+        tally.add_all(terms_of_each)  # of the pass that counts
         if learner.reference:
             learner.reference.follow()
     tally.compare(rollout.samples.logp_NT, old_logp_NT, rows.mask_NT)

@@ -7,7 +7,9 @@ parameter are there at a time, and each gradient is given up as soon as it has b
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,9 @@ class OffloadedAdamW:
         # The largest last: by then the gradients of the others have made room for its moments.
         self.adamw, self.parameters = adamw, sorted(parameters, key=lambda p: p.numel())
         self.updates = [torch.zeros((), device=p.device) for p in self.parameters]  # AdamW counts them for each
-        self.folder = None if where == "cpu" else tempfile.TemporaryDirectory(prefix="adamw-", dir=where)
+        self.folder = None if where == "cpu" else Path(tempfile.mkdtemp(prefix="adamw-", dir=where))
+        if self.folder:  # goes with this object, or with the program
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.kept = [] if self.folder else [_pinned(p) for p in self.parameters]
 
     def step(self) -> None:
@@ -33,6 +37,8 @@ class OffloadedAdamW:
         release_freed_memory()
         gradients = [p.grad for p in self.parameters]
         self.adamw.zero_grad(set_to_none=True)
+        if all(gradient is None for gradient in gradients):
+            self.adamw.step()  # moves nothing; its schedule warns of an optimizer that never stepped
         for number, parameter in enumerate(self.parameters):
             parameter.grad, gradients[number] = gradients[number], None
             if parameter.grad is not None:
@@ -52,8 +58,8 @@ class OffloadedAdamW:
     def _mapped(self, number: int, parameter: Parameter) -> Tensor:
         """The file of a parameter's moments as a tensor; zeros, taking no room, when it is new."""
         assert self.folder
-        path = Path(self.folder.name) / str(number)
-        return torch.from_file(str(path), shared=True, size=2 * parameter.numel(), dtype=parameter.dtype)
+        path = str(self.folder / str(number))
+        return torch.from_file(path, shared=True, size=2 * parameter.numel(), dtype=parameter.dtype)
 
 
 def _pinned(parameter: Parameter) -> Tensor:

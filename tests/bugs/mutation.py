@@ -20,7 +20,7 @@ class Mutation:
 
 
 # Every way in which a from-scratch GRPO goes wrong that has a number here. 1 to 26 were seen in public implementations
-# or reproduced; the others are slips that the options of `grpo_core` invite.
+# or reproduced; 27 to 32 are slips that the options of `grpo_core` invite, 33 and 34 what saving time and memory does.
 PITFALLS = {
     1: "A format regex without DOTALL",
     2: "Answers that are read wrongly",
@@ -54,6 +54,8 @@ PITFALLS = {
     30: "Dynamic sampling: a new group with something of the old one",
     31: "Tokens and rows that should not teach",
     32: "Several reward functions: what is added up when",
+    33: "Sampling in less time: prompts read once, rows that leave",
+    34: "Less memory: halved copies, moments elsewhere, fewer rows at a time",
 }
 
 # Pitfalls without a mutation, and the reason.
