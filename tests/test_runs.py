@@ -224,6 +224,12 @@ def test_held_out_problems_are_asked_before_after_and_every_so_many_steps(record
     assert all(line["problems"] == 4 for line in recorded.eval)
 
 
+def test_the_memory_that_a_run_will_take_is_said_once_before_its_first_evaluation(recorded: Run) -> None:
+    lines = [line for line in recorded.out.splitlines() if line.startswith("memory: about 0.")]
+    assert len(lines) == 1
+    assert recorded.out.index(lines[0]) < recorded.out.index("step    0: held-out accuracy")
+
+
 def test_the_summary_is_the_first_and_the_last_evaluation(recorded: Run) -> None:
     summary = json.loads((recorded.path / "summary.json").read_text())
     for name, line in (("before", recorded.eval[0]), ("after", recorded.eval[-1])):
