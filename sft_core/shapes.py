@@ -33,7 +33,6 @@ class Shapes:
     hidden: int  # D
     layers: int
     layer: int  # the matrices of one layer
-    matrix: int  # the largest of them
     heads: int
     queries: int  # width of all query heads together
     keys: int  # width of all key heads, which is that of the values
@@ -72,7 +71,6 @@ def shapes_of(config: ModelConfig, source: Source | None) -> Shapes:
         hidden=values.hidden_size,
         layers=len(layers),
         layer=sum(of_layer),
-        matrix=max(of_layer),
         heads=heads,
         queries=heads * width,
         keys=(getattr(values, "num_key_value_heads", None) or heads) * width,

@@ -42,7 +42,6 @@ ROUND = Shapes(
     hidden=10,
     layers=2,
     layer=700,
-    matrix=400,
     heads=2,
     queries=10,
     keys=5,
