@@ -6,6 +6,7 @@ recomputed is in test_invariances.py.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import grpo_core.train
 from eval.sampling import Samples
 from grpo_core.metrics import step_record
 from grpo_core.rollout import sample_groups
+from grpo_core.step import grpo_step
 from rewards import Reward
 from sft_core.logprobs import token_logprobs
 from sft_core.policy import Policy, without_dropout
@@ -397,3 +399,9 @@ def test_a_runs_reference_follows_where_asked(every: int, tmp_path: Path) -> Non
     lines = train_lines(tmp_path, beta=0.1, ref_sync_every=every, ref_sync_mix=1.0, **moving)
     assert lines[0]["kl"] == 0
     assert all((line["kl"] == 0) == (every == 1) for line in lines[1:])
+
+
+def test_the_training_step_fits_on_a_screen() -> None:
+    """60 lines of at most 120 characters, its docstring within: what an editor shows at once."""
+    lines = inspect.getsource(grpo_step).splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 120

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -64,7 +64,8 @@ def _side(serve: Callable[..., None], *arguments: object) -> Iterator[Connection
     try:
         here.recv()
         yield here
-        here.send(None)
+        with suppress(BrokenPipeError):  # TRL's side is at its end after the last step
+            here.send(None)
         process.join(timeout=60)
     finally:
         process.kill()
