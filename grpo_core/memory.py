@@ -6,8 +6,8 @@ is the largest moment, not the sum of all items.
 
     item                    bytes, and in which moments
     process                 Python, torch and the tokenizer; on a GPU its context. Always
-    weights                 4 a weight, float32 masters. Always
-    AdamW                   8 a trained weight. Always, unless --offload_optimizer: then of one parameter, in the update
+    weights                 4 a weight, float32 masters. Always. Below a LoRA adapter 2, or 0.5, a matrix's weight
+    AdamW                   8 a trained weight. Always, unless --offload_optimizer: then of one piece, in the update
     reference               2 a matrix's weight and 4 any other's under autocast, else 4. Always, where --beta is not 0
     gradients               4 a trained weight. From the backward pass to the update
     half-precision twin     2 a matrix's weight, the head's too. While sampling under autocast
@@ -25,12 +25,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_core.config import GRPOConfig
+from sft_core.offload import PIECE
 from sft_core.precision import pick_device, pick_precision
 from sft_core.shapes import Shapes, shapes_of
 from sft_core.source import Source
 
 GB = 1e9
 SINGLE, HALF = 4, 2  # bytes of a number in float32, in bf16 or fp16
+PACKED = 0.5 + 0.016  # of one in NF4, with its share of the block's constants (QLoRA, arXiv 2305.14314, section 3)
 
 # Bytes outside of tensors. CPU: measured, Python, torch and transformers; CUDA: context and kernels, not measured here.
 PROCESS = {"cpu": 0.42 * GB, "cuda": 0.5 * GB}
@@ -143,12 +145,14 @@ def micro_batches(config: GRPOConfig, shapes: Shapes, lengths: Lengths) -> list[
 def standing(config: GRPOConfig, shapes: Shapes, half: bool, kind: str) -> Items:
     """What is there in every moment."""
     trained, base = sum(shapes.trained), shapes.base
+    matrices = shapes.layers * shapes.layer + (0 if shapes.tied else shapes.head)
     items = {"process": PROCESS.get(kind, 0.0), "weights": SINGLE * (base + shapes.adapter)}
+    if shapes.adapter and (config.use_4bit or (half and config.half_copies)):
+        items["weights"] -= (SINGLE - (PACKED if config.use_4bit else HALF)) * matrices  # frozen: no masters are needed
     if not moments_are_elsewhere(config, kind):
         items["AdamW"] = 2 * SINGLE * trained
     if config.beta:
         halved = half and config.half_copies and not config.ref_sync_every
-        matrices = shapes.layers * shapes.layer + (0 if shapes.tied else shapes.head)
         whole = SINGLE * base - (SINGLE - HALF) * matrices * halved
         items["reference"] = SINGLE * shapes.adapter if shapes.adapter else whole
     return items
@@ -174,7 +178,9 @@ def moments_are_elsewhere(config: GRPOConfig, kind: str) -> bool:
 
 def sampling(config: GRPOConfig, shapes: Shapes, half: bool, rows: int, prompts: int, lengths: Lengths) -> Items:
     """Beside what is always there, while `rows` completions of `prompts` prompts are drawn."""
-    matrices = shapes.layers * shapes.layer + shapes.head + shapes.adapter
+    matrices = shapes.layers * shapes.layer + shapes.head
+    if shapes.adapter:  # all but the adapter and a tied head are in half precision, or packed, in any case
+        matrices = shapes.adapter + (shapes.head if shapes.tied else 0)
     twin = HALF * matrices if half and config.half_copies else 0.0
     cast = HALF * shapes.head if half and not config.half_copies else 0.0
     cache = 2 * SINGLE * shapes.keys * shapes.layers * rows * (lengths.prompt + lengths.completion)
@@ -265,17 +271,9 @@ def _embedding(shapes: Shapes, several: bool) -> Items:
 
 
 def _update(shapes: Shapes, elsewhere: bool) -> Items:
-    """Gradients, with the moments that are there already; offloaded moments come for one parameter at a time, the
-    largest last, and each gradient goes once it is used."""
-    left = sum(shapes.trained)
-    if not elsewhere:
-        return {"gradients": SINGLE * left}
-    worst: Items = {}
-    for size in sorted(shapes.trained):
-        held: Items = {"gradients": SINGLE * left, "AdamW": 2 * SINGLE * size}
-        worst = max(worst, held, key=lambda items: sum(items.values()))
-        left -= size
-    return worst
+    """Gradients, with the moments that are there already; offloaded ones come for a piece of a parameter at a time."""
+    gradients: Items = {"gradients": SINGLE * sum(shapes.trained)}
+    return gradients | {"AdamW": 2 * SINGLE * min(max(shapes.trained), PIECE)} if elsewhere else gradients
 
 
 def _sum(*parts: Items) -> Items:

@@ -19,9 +19,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def release_freed_memory() -> None:
-    """Give back what has been kept: before something large that is not allocated but mapped."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -15,6 +15,7 @@ import torch
 
 import grpo_core.train
 import sft_core.train
+from sft_core import offload
 from sft_core.config import OptimConfig
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
@@ -60,7 +61,11 @@ def random_gradients(learn: Optimizer, seed: int, without: int = 0) -> None:
 
 
 @kinds
-def test_every_weight_is_that_of_a_plain_adamw_to_the_bit(kind: str, where: str) -> None:
+@pytest.mark.parametrize("piece", [2**24, 1000])
+def test_every_weight_is_that_of_a_plain_adamw_to_the_bit(
+    kind: str, piece: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "PIECE", piece)
     policies = [policy_of(kind), policy_of(kind)]
     optimizers = [optimizer(policy, place) for policy, place in zip(policies, ("", where), strict=True)]
     start = weights(policies[0])
@@ -129,32 +134,20 @@ def mapped(folder: Path) -> int:
     return sum(f"{folder}/" in line for line in maps.read_text().splitlines())
 
 
-def test_one_parameters_moments_and_gradient_are_there_at_a_time(tmp_path: Path) -> None:
+def test_one_piece_of_moments_is_there_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "PIECE", 1000)
     policy = policy_of("qwen2")
     learn = optimizer(policy, str(tmp_path))
-    counts = []
-    learn.adamw.register_step_post_hook(
-        lambda *_: counts.append(
-            (len(learn.adamw.state), mapped(tmp_path), sum(p.grad is not None for p in learn.parameters))
-        )
-    )
+    counts: list[tuple[int, int]] = []
+    learn.adamw.register_step_post_hook(lambda *_: counts.append((len(learn.adamw.state), mapped(tmp_path))))
     for number in range(2):
         random_gradients(learn, number)
         learn.clip_and_step()
         assert mapped(tmp_path) == len(learn.adamw.state) == 0
         assert all(p.grad is None for p in learn.parameters)
-    assert counts == [(1, 1, 1)] * 2 * len(learn.parameters)
-
-
-def test_the_largest_parameter_is_the_last_to_move() -> None:
-    learn = optimizer(policy_of("qwen2"), "cpu")
-    sizes: list[int] = []
-    learn.adamw.register_step_pre_hook(
-        lambda *_: sizes.extend(p.numel() for p in learn.parameters if p.grad is not None)
-    )
-    random_gradients(learn, 0)
-    learn.clip_and_step()
-    assert len(sizes) == len(learn.parameters) and sizes == sorted(sizes)
+    pieces = sum(-(-p.numel() // 1000) for p in learn.parameters)
+    assert pieces > len(learn.parameters)
+    assert counts == 2 * [(0, 0), *[(1, 1)] * pieces]  # first a step of nothing, for the schedule
 
 
 def test_the_gradient_of_a_parameter_that_has_moved_is_given_up() -> None:
@@ -164,7 +157,15 @@ def test_the_gradient_of_a_parameter_that_has_moved_is_given_up() -> None:
     alive: list[int] = []
     learn.adamw.register_step_post_hook(lambda *_: alive.append(sum(gradient() is not None for gradient in seen)))
     learn.clip_and_step()
-    assert alive == list(range(len(seen), 0, -1))
+    assert alive == [len(seen), *range(len(seen), 0, -1)]
+
+
+def test_the_optimizers_groups_are_whole_again_after_a_step(where: str) -> None:
+    learn = optimizer(policy_of("qwen2"), where)
+    before = [list(map(id, group["params"])) for group in learn.adamw.param_groups]
+    random_gradients(learn, 0)
+    learn.clip_and_step()
+    assert [list(map(id, group["params"])) for group in learn.adamw.param_groups] == before
 
 
 def test_the_files_hold_two_numbers_a_weight_and_vanish_with_the_optimizer(tmp_path: Path) -> None:

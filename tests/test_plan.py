@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from benchmarks.workload import workload
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB, Batch, Lengths, forecast, kept_bytes, micro_batches, plan
 from sft_core.config import ModelConfig
+from sft_core.offload import PIECE
 from sft_core.shapes import Shapes, shapes_of
 from sft_core.source import Source, find_source
 from sft_core.tiny import build_tiny
-from tests.helpers import PEFT_IS_BEHIND, tiny_model
+from tests.helpers import PEFT_IS_BEHIND, SHARED, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
-SHARED = Path(os.environ.get("GRPO_SHARED") or Path(__file__).parent.parent.parent / "shared")
 REAL_QWEN = SHARED / "models" / "qwen2.5-0.5b-instruct"
 
 # A model of round numbers: 2 layers of 700, embedding and head of 10,000 (one tensor), norms of 100.
@@ -118,13 +117,12 @@ def test_the_reference_costs_what_it_holds(values: dict[str, Any], shapes: Shape
     assert with_it["reference"] == sum(with_it.values()) - sum(without.values()) == expected
 
 
-def test_offloaded_moments_come_one_parameter_at_a_time_while_gradients_go(tmp_path: Path) -> None:
+def test_offloaded_moments_come_one_piece_at_a_time_beside_the_gradients(tmp_path: Path) -> None:
     assert "AdamW" not in moment("sampling", offload_optimizer=str(tmp_path))
     items = moment("the update", offload_optimizer=str(tmp_path))
-    assert (items["gradients"], items["AdamW"]) == (4 * 10_000, 8 * 10_000)  # the largest, last, beside its gradient
-    equal = replace(ROUND, trained=(1000,) * 10)
-    items = moment("the update", equal, offload_optimizer=str(tmp_path))
-    assert (items["gradients"], items["AdamW"]) == (4 * 10_000, 8 * 1000)  # the first, beside all gradients
+    assert (items["gradients"], items["AdamW"]) == (4 * 11_500, 8 * 10_000)
+    large = replace(ROUND, trained=(10 * PIECE, 1000))
+    assert moment("the update", large, offload_optimizer=str(tmp_path))["AdamW"] == 8 * PIECE
 
 
 def test_a_cpus_own_memory_is_no_place_to_offload_to() -> None:
@@ -132,7 +130,25 @@ def test_a_cpus_own_memory_is_no_place_to_offload_to() -> None:
     assert moment("the update", kind="cuda", offload_optimizer="cpu")["AdamW"] == 8 * 10_000
 
 
+@pytest.mark.parametrize(
+    ("values", "shapes", "half", "expected"),
+    [
+        ({}, ADAPTED, False, 4 * 11_600),
+        ({}, ADAPTED, True, 4 * 11_600 - 2 * 1400),  # frozen matrices; a tied head stays with its embedding
+        ({}, replace(ADAPTED, tied=False), True, 4 * 11_600 - 2 * 11_400),
+        ({"half_copies": False}, ADAPTED, True, 4 * 11_600),
+        ({"use_4bit": True}, ADAPTED, True, 4 * 11_600 - 3.484 * 1400),
+        ({}, ROUND, True, 4 * 11_500),  # masters
+    ],
+)
+def test_below_an_adapter_weights_need_no_masters(
+    values: dict[str, Any], shapes: Shapes, half: bool, expected: float
+) -> None:
+    assert moment("the update", shapes, half, **values)["weights"] == pytest.approx(expected)
+
+
 def test_the_twin_is_two_bytes_a_matrix_weight_and_there_while_sampling_only() -> None:
+    assert moment("sampling", ADAPTED, half=True)["half-precision twin"] == 2 * (100 + 10_000)  # the rest is halved
     assert moment("sampling", half=True)["half-precision twin"] == 2 * (2 * 700 + 10_000)
     assert moment("sampling", half=False)["half-precision twin"] == 0
     others = {name: items for name, items in plan(small(), ROUND, True, "cpu", LENGTHS).moments.items()}
