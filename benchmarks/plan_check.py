@@ -16,7 +16,7 @@ from benchmarks.tables import markdown
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB
-from sft_core.runlog import provenance
+from sft_core.provenance import provenance
 
 STEPS = 2  # AdamW's moments appear in the first; the second is the peak
 FOLDER = "FOLDER"  # in CASES: an empty one, made for the run

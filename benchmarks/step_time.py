@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,14 +28,14 @@ from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.roofline import phases
 from benchmarks.tables import markdown
 from benchmarks.workload import Steps, names, with_start, workload
-from grpo_core.memory import Lengths
+from grpo_core.memory import GB, Lengths
 from grpo_core.step import StepReport
 from sft_core.cli import user_errors
-from sft_core.runlog import provenance, shown_flags
+from sft_core.clock import now
+from sft_core.provenance import provenance, shown_flags
 from sft_core.shapes import shapes_of
 from sft_core.source import find_source
 
-GB = 1e9
 PHASES = ("prefill", "decode", "reward", "reference", "learner", "optimizer")
 
 
@@ -54,9 +53,9 @@ class Clock:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             reset_peak(self.device)
-            began = self._now()
+            began = now(self.device)
             result = function(*args, **kwargs)
-            took = self._now() - began
+            took = now(self.device) - began
             self._add(phase, took)
             if outer:
                 self._add(outer, -took)
@@ -67,11 +66,6 @@ class Clock:
 
     def _add(self, phase: str, seconds: float) -> None:
         self.seconds[-1][phase] = self.seconds[-1].get(phase, 0.0) + seconds
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.evaluate import evaluate, summary_table
-from sft_core.cli import interruptible, parse_config, user_errors
-from sft_core.config import ModelConfig, RunConfig, TaskConfig, flag, require
-from sft_core.policy import load_policy, load_tokenizer
+from sft_core.cli import parse_config, run_ends, user_errors
+from sft_core.config import FolderConfig, ModelConfig, Refused, TaskConfig, flag, require
+from sft_core.policy import Policy, load_policy, load_tokenizer
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
@@ -21,7 +22,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class EvalConfig(RunConfig, ModelConfig, TaskConfig):
+class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
     """Greedy evaluation."""
 
     batch_size: int = flag(32, "problems asked at once")
@@ -29,7 +30,7 @@ class EvalConfig(RunConfig, ModelConfig, TaskConfig):
     tensorboard: bool = flag(False, "write TensorBoard events")
 
     def check(self) -> None:
-        for part in (TaskConfig, ModelConfig, RunConfig):
+        for part in (TaskConfig, ModelConfig, FolderConfig):
             part.check(self)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
@@ -51,16 +52,18 @@ class EvalJob:
     source: Source
 
     def run(self) -> Path:
-        """Ask, print the summary, write `answers.jsonl` and the summary to the run folder."""
+        """Ask; return the run folder."""
+        return self.ask(load_policy(self.config, self.source))
+
+    def ask(self, policy: Policy) -> Path:
+        """Print the summary, write `answers.jsonl` and the summary to the run folder."""
         config = self.config
-        folder = RunFolder(config, "eval")
-        policy = load_policy(config, self.source)
-        result = evaluate(
-            policy, self.heldout, config, config.max_completion_tokens, config.batch_size, config.progress
-        )
-        append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
-        folder.log("eval", 0, result.summary())
-        folder.close()
+        with closing(RunFolder(config, "eval")) as folder:
+            result = evaluate(
+                policy, self.heldout, config, config.max_completion_tokens, config.batch_size, config.progress
+            )
+            append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
+            folder.log("eval", 0, result.summary())
         print(summary_table({config.model: result.summary()}))
         return folder.path
 
@@ -78,10 +81,13 @@ def prepare(config: EvalConfig) -> EvalJob:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with user_errors():
-        job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv, PRESETS))
-    with interruptible():
-        print(f"answers and summary: {job.run()}")
+    with run_ends():
+        with user_errors():
+            job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv, PRESETS))
+        with user_errors(Refused):
+            policy = load_policy(job.config, job.source)
+            path = job.ask(policy)
+        print(f"answers and summary: {path}")
 
 
 if __name__ == "__main__":

@@ -29,25 +29,27 @@ from transformers import (
 from sft_core.half import half_twin
 from sft_core.logprobs import backbone_and_head
 from sft_core.policy import Policy
-from sft_core.rows import pad
 
 LEAVING = 4  # a segment ends when one row in so many has ended
 
 
 def generate(
-    policy: Policy, prompts: Sequence[Sequence[int]], config: GenerationConfig, temperature: float
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    prompt_NP: Tensor,
+    prompt_len_N: Tensor,
+    config: GenerationConfig,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """One completion for each prompt, as `config` says, in the policy's own precision.
+    """One completion for each prompt (a list, and a row of `prompt_NP` padded on the left), as `config` says, in the
+    policy's own precision.
 
     Returns:
         completion_NT: int64, each row's tokens up to its end; then filler.
         logp_NT: float32, each token's log-probability before any cut, at the temperature; filler likewise. Not computed
             (empty) at temperature 0.
     """
-    device, N, budget = policy.device, len(prompts), config.max_new_tokens
-    prompt_NP = pad(prompts, policy.pad_id, "left").to(device)
-    P = prompt_NP.shape[1]
-    prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
+    device, (N, P), budget = policy.device, prompt_NP.shape, config.max_new_tokens
     attention_NP = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
     completion_NT = torch.full((N, budget), policy.pad_id, device=device)
     logp_NT = torch.zeros(N, budget if temperature else 0, device=device)
@@ -61,7 +63,10 @@ def generate(
         alive = torch.arange(N, device=device)
         ids, attention = prompt_NP, attention_NP
         while len(alive) and width < budget:
-            recorder, enough = _LogprobRecorder(temperature), _SomeHaveEnded(policy.eos_ids, P + width)
+            recorder, enough = (
+                _LogprobRecorder(temperature, policy.eos_ids[0]),
+                _SomeHaveEnded(policy.eos_ids, P + width),
+            )
             config.max_new_tokens = budget - width
             longer = model.generate(
                 input_ids=ids,
@@ -129,24 +134,32 @@ class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
 class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
     """Keeps each sampled token's log-probability without keeping any step's logits.
 
+    Nothing can be drawn from logits that are not numbers: such a row ends there, with a log-probability that is not one
+    either. The learner comes upon the same logits, and `Optimizer` skips the step and names the row.
+
     `generate` calls it with the logits of step t; the token drawn from them is the last of `input_ids` at step t + 1.
     It runs before the temperature is applied, hence the division here.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float, eos_id: int) -> None:
+        self.temperature, self.eos_id = temperature, eos_id
         self.pending: Tensor | None = None
         self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.settle(input_ids[:, -1])
         self.pending = scores.float() / self.temperature
+        self.normalizer_N = self.pending.logsumexp(dim=-1)
+        lost_N = ~self.normalizer_N.isfinite()
+        if lost_N.any():
+            scores = scores.masked_fill(lost_N[:, None], -torch.inf)
+            scores[lost_N, self.eos_id] = 0.0
         return scores
 
     def settle(self, token_N: Tensor) -> None:
         if self.pending is not None:
             chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
-            self.logp.append(chosen_N - self.pending.logsumexp(dim=-1))
+            self.logp.append(chosen_N - self.normalizer_N)
             self.pending = None
 
 

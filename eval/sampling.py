@@ -66,10 +66,10 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
     if not greedy:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         config.update(min_p=sampling.min_p or None)
-    completion_NT, logp_NT = generate(policy, prompts, config, sampling.temperature)
-    completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
+    completion_NT, logp_NT = generate(policy, prompts, prompt_NP, prompt_len_N, config, sampling.temperature)
+    completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, completion_len_N, prompt_NP.shape[1])
     if not greedy:
         logp_NT = torch.where(rows.mask_NT, logp_NT, 0.0)

@@ -30,6 +30,7 @@ class Tally:
         self.updates = 0
         self.sums: dict[str, Tensor] = {}
         self.ratio_range: list[Tensor] = []
+        self.first_ratio_range: list[Tensor] = []  # of the first update's micro-batches
         self.clipped_range: list[tuple[int, Tensor, Tensor]] = []
         self.gap: dict[str, float] = {}
 
@@ -76,9 +77,10 @@ class Tally:
                 torch.promote_types(value.dtype, torch.float32)
             )
         inf = torch.tensor(torch.inf, dtype=ratio.dtype, device=ratio.device)
-        self.ratio_range.append(
-            torch.stack([torch.where(counted, ratio, inf).min(), torch.where(counted, ratio, -inf).max()])
-        )
+        ratio_range = torch.stack([torch.where(counted, ratio, inf).min(), torch.where(counted, ratio, -inf).max()])
+        self.ratio_range.append(ratio_range)
+        if self.updates == 0:
+            self.first_ratio_range.append(ratio_range)
         share_low, share_high = (clipped.sum(dim=1) / counted.sum(dim=1) for clipped in (clipped_low, clipped_high))
         self.clipped_range.append(
             (self.updates, share_low.nan_to_num(torch.inf).min(), share_high.nan_to_num(-torch.inf).max())
@@ -96,11 +98,13 @@ class Tally:
         """Losses per update, token means, the ratio's range."""
         sums = {name: float(value) for name, value in self.sums.items()}
         tokens, counted, updates = max(1.0, sums["tokens"]), max(1.0, sums["ratios"]), range(self.updates)
-        lowest = highest = 1.0
+        lowest = highest = first_low = first_high = 1.0
         least = most = [0.0]
         if sums["ratios"]:  # else all completions were masked
             ratios = torch.stack(self.ratio_range)
             lowest, highest = float(ratios[:, 0].min()), float(ratios[:, 1].max())
+            first = torch.stack(self.first_ratio_range)
+            first_low, first_high = float(first[:, 0].min()), float(first[:, 1].max())
             least = [min(float(low) for at, low, _ in self.clipped_range if at == update) for update in updates]
             most = [max(float(high) for at, _, high in self.clipped_range if at == update) for update in updates]
         return {
@@ -115,6 +119,8 @@ class Tally:
             "clip_ratio_high_max": sum(most) / len(most),  # of the completion most clipped
             "ratio_min": lowest,
             "ratio_max": highest,
+            "ratio_first_min": first_low,  # at the first update nothing has moved: 1, or old and new disagree
+            "ratio_first_max": first_high,
             **self.gap,
         }
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,19 @@ class Reference:
             return
         for ours, theirs in self._pairs():
             ours.lerp_(theirs, self.sync_mix)
+
+    def numbers(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, where they move; a frozen reference is the policy that the run began with."""
+        return {str(i): mine for i, (mine, _) in enumerate(self._pairs())} if self.sync_every else {}
+
+    @torch.no_grad()
+    def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.updates = numbers["updates"]
+        for i, (mine, _) in enumerate(self._pairs() if tensors else ()):
+            mine.copy_(tensors[str(i)])
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each weight of the reference with the policy's."""

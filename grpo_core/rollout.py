@@ -13,9 +13,9 @@ from eval.sampling import Samples, sample
 from grpo_core.advantages import zero_spread
 from grpo_core.config import GRPOConfig
 from rewards import Reward, Scores, score
+from sft_core.clock import Stopwatch
 from sft_core.policy import Policy
 from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.runlog import Stopwatch
 from sft_core.tasks import Example
 
 if TYPE_CHECKING:

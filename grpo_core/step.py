@@ -25,11 +25,11 @@ from grpo_core.objective import importance_ratio, token_weights
 from grpo_core.reference import Reference
 from grpo_core.rollout import Draw, Rollout, replace_equal_groups, sample_and_score, sample_groups
 from rewards import Reward
+from sft_core.clock import Stopwatch
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
 from sft_core.rows import Rows
-from sft_core.runlog import Stopwatch
 from sft_core.tasks import Example
 
 

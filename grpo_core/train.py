@@ -6,15 +6,16 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval.evaluate import Evaluation, evaluate, summary_table
+from eval.evaluate import Answered, Evaluation, evaluate, summary_table
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import forecast
 from grpo_core.metrics import extracted_and_expected, step_record
@@ -23,11 +24,14 @@ from grpo_core.rollout import REWARD_COLUMNS
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
-from sft_core.cli import interruptible, parse_config, user_errors
+from sft_core.checkpoint import write_text
+from sft_core.cli import parse_config, run_ends, user_errors
+from sft_core.config import Refused
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, load_policy, load_tokenizer, without_dropout
+from sft_core.policy import is_adapted, load_policy, load_tokenizer, without_dropout
+from sft_core.progress import Part, Progress, weights_identity
 from sft_core.prompts import drop_long_prompts
-from sft_core.runlog import RunFolder, append_jsonl
+from sft_core.runlog import RunFolder, append_jsonl, read_jsonl
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 
@@ -59,94 +63,163 @@ class GRPOJob:
         optimizer = Optimizer(policy, config, self.steps * config.mu)
         return Learner(config, policy, reference, self.rewards, optimizer)
 
-    def run(self) -> Path:
-        """Train; print the comparison of before and after; return the run folder."""
-        config, task = self.config, self.task
-        source = self.source or find_source(replace(config, model=str(tiny_sft(config))))
-        folder = RunFolder(config, "grpo")
+    def begin(self) -> GRPORun | None:
+        """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under
+        --resume the run is found finished.
+
+        Raises:
+            Refused: as `RunFolder`, `Optimizer` and `Progress`.
+        """
+        folder = RunFolder(self.config, "grpo")
+        with folder.closed_on_error():
+            if folder.finished:
+                print(f"this run is finished: {folder.path / 'final'}")
+                return None
+            return self._begin(folder)
+
+    def _begin(self, folder: RunFolder) -> GRPORun:
+        config = self.config
+        source = self.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
         print(forecast(config, source))
         learner = self.learner(source)
-        policy = learner.policy
+        prompts = PromptSource(self.task, config.seed)
+        parts: dict[str, Part] = {"prompts": prompts}
+        if learner.reference:
+            parts["reference"] = learner.reference
+        # Weights that no checkpoint holds: those of the reference, and those below an adapter.
+        held = learner.reference is not None or is_adapted(learner.policy.model)
+        identity = {"task": self.task.identity, "model": weights_identity(learner.policy) if held else ""}
+        progress = Progress(folder, config, learner.policy, learner.optimizer, parts, identity)
+        return GRPORun(self, folder, learner, prompts, progress)
 
-        before = held_out(policy, task, config, folder, step=0)
-        train(learner, task, folder, self.steps)
-        after = held_out(policy, task, config, folder, step=self.steps)
-
-        final = folder.save_final(policy)
-        folder.close()
-        if before and after:
-            print(comparison(before, after))
-            summaries = {"before": before.summary(), "after": after.summary()}
-            (folder.path / "summary.json").write_text(json.dumps(summaries, indent=2) + "\n")
-        print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
-        return folder.path
+    def run(self) -> Path:
+        """Train, or go on training; return the run folder."""
+        run = self.begin()
+        return run.finish() if run else Path(self.config.output_dir)
 
 
 class PromptSource:
     """The task's training problems one after the other, in the order of a seed."""
 
-    def __init__(self, task: Task, seed: int, position: int = 0) -> None:
-        self.task, self.seed, self.position = task, seed, position
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task, self.seed, self.position = task, seed, 0
 
     def __call__(self, count: int) -> list[Example]:
         drawn = self.task.draw(self.position, count, self.seed)
         self.position += count
         return drawn
 
+    def numbers(self) -> dict[str, Any]:
+        return {"position": self.position}
 
-def train(learner: Learner, task: Task, folder: RunFolder, steps: int) -> None:
-    """`steps` steps of Algorithm 1 with what people want to see of them."""
-    config, policy = learner.config, learner.policy
-    policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
-    source = PromptSource(task, config.seed)
-    bar = tqdm(range(1, steps + 1), desc="GRPO", disable=not config.progress, unit="step")
-    for step in bar:
-        examples = source(config.prompts_per_step)
-        try:
-            report = grpo_step(learner, examples, more=source if config.dynamic_sampling else None)
-        except RewardError:
-            bar.close()
-            saved = folder.save_checkpoint(policy, step - 1)  # rewards come before a step's first update
-            folder.close()
-            print(f"saved the weights after step {step - 1}: {saved}", file=sys.stderr)
-            raise
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
 
-        record = step_record(report, config)
-        bar.set_postfix(
-            reward=f"{record['reward_mean']:.2f}",
-            accuracy=f"{record['accuracy']:.0%}",
-            length=f"{record['length_mean']:.0f}",
+    def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.position = numbers["position"]
+
+
+@dataclass(frozen=True)
+class GRPORun:
+    """A run whose weights are there: at its start, or wherever it was left."""
+
+    job: GRPOJob
+    folder: RunFolder
+    learner: Learner
+    prompts: PromptSource
+    progress: Progress
+
+    def finish(self) -> Path:
+        """Train; print the comparison of before and after; return the run folder."""
+        folder = self.folder
+        with closing(folder), self.progress.kept():
+            before = self.held_out(0)
+            self.train()
+            after = self.held_out(self.job.steps)
+            if before and after:
+                print(comparison(before, after))
+                summaries = {"before": before.summary(), "after": after.summary()}
+                write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
+            final = folder.save_final(self.learner.policy)
+        print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
+        return folder.path
+
+    def train(self) -> None:
+        """The steps of Algorithm 1 that are still to take, with what people want to see of them."""
+        config, policy, optimizer = self.job.config, self.learner.policy, self.learner.optimizer
+        task, steps, done = self.job.task, self.job.steps, self.progress.step
+        policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
+        self.look(done)  # a run that stopped at an evaluation makes up for it
+        bar = tqdm(range(done + 1, steps + 1), "GRPO", steps, initial=done, disable=not config.progress, unit="step")
+        for step in bar:
+            skipped, optimizer.skipped_rows = optimizer.skipped, []
+            examples = self.prompts(config.prompts_per_step)
+            report = grpo_step(self.learner, examples, more=self.prompts if config.dynamic_sampling else None)
+
+            record = step_record(report, config)
+            bar.set_postfix(
+                reward=f"{record['reward_mean']:.2f}",
+                accuracy=f"{record['accuracy']:.0%}",
+                length=f"{record['length_mean']:.0f}",
+            )
+            if step % config.log_every == 0 or step == steps or optimizer.skipped > skipped:
+                epoch = self.prompts.position / task.size if task.size else 0.0
+                about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
+                about |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
+                self.folder.log("train", step, {**about, **record})
+            completions = completion_records(step, report, config)
+            append_jsonl(self.folder.path / "completions.jsonl", completions)
+            if config.show_every and step % config.show_every == 0:
+                bar.write(shown(completions[0]))
+            self.progress.completed(step)
+            optimizer.stop_if_lost(step, "completions.jsonl holds their texts")
+            self.look(step)
+
+    def look(self, step: int) -> None:
+        """Evaluate where --eval_every asks for it."""
+        every = self.job.config.eval_every
+        if every and step % every == 0 and step != self.job.steps:
+            self.held_out(step)
+
+    def held_out(self, step: int) -> Evaluation | None:
+        """Greedy accuracy on the task's held-out problems, logged and shown, or taken from the log; None where the task
+        has none."""
+        task, config, folder = self.job.task, self.job.config, self.folder
+        if not task.heldout:
+            return None
+        if step in folder.evaluations:  # before the run was gone on with
+            return answered(folder, step)
+        if step != self.progress.step:  # the log has lost it, and the weights of that step are gone
+            return None
+        result = evaluate(
+            self.learner.policy,
+            task.heldout,
+            config,
+            config.max_completion_tokens,
+            config.eval_batch_size,
+            config.progress,
         )
-        if step % config.log_every == 0 or step == steps:
-            epoch = source.position / task.size if task.size else 0.0
-            about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
-            about["skipped_steps"] = learner.optimizer.skipped
-            folder.log("train", step, {**about, **record})
-        completions = completion_records(step, report, config)
-        append_jsonl(folder.path / "completions.jsonl", completions)
-        if config.show_every and step % config.show_every == 0:
-            bar.write(shown(completions[0]))
-        learner.optimizer.stop_if_lost()
-        if config.eval_every and step % config.eval_every == 0 and step != steps:
-            held_out(policy, task, config, folder, step)
-        if config.save_every and step % config.save_every == 0 and step != steps:
-            folder.save_checkpoint(policy, step)
+        summary = result.summary()
+        folder.save_answers(step, map(asdict, result.answers))
+        folder.log("eval", step, summary)
+        tqdm.write(
+            f"step {step:4}: held-out accuracy {summary['accuracy']:6.1%}, worked answers "
+            f"{summary['worked_share']:6.1%}, mean length {summary['mean_length']:.1f} tokens"
+        )
+        return result
 
 
-def held_out(policy: Policy, task: Task, config: GRPOConfig, folder: RunFolder, step: int) -> Evaluation | None:
-    """Greedy accuracy on the task's held-out problems, logged and shown; None where the task has none."""
-    if not task.heldout:
+def answered(folder: RunFolder, step: int) -> Evaluation | None:
+    """An evaluation that the run folder holds; None where somebody has deleted or damaged its answers."""
+    record, path = folder.evaluations[step], folder.answers_path(step)
+    try:
+        answers = [Answered(**row) for row in read_jsonl(path)]
+    except (ValueError, TypeError):
+        answers = []
+    if len(answers) != record["problems"]:
+        print(f"no comparison with step {step}: {path} is damaged or gone", file=sys.stderr)
         return None
-    result = evaluate(
-        policy, task.heldout, config, config.max_completion_tokens, config.eval_batch_size, config.progress
-    )
-    summary = result.summary()
-    folder.log("eval", step, summary)
-    tqdm.write(
-        f"step {step:4}: held-out accuracy {summary['accuracy']:6.1%}, worked answers {summary['worked_share']:6.1%}, "
-        f"mean length {summary['mean_length']:.1f} tokens"
-    )
-    return result
+    return Evaluation(answers, record["seconds"])
 
 
 def completion_records(step: int, report: StepReport, config: GRPOConfig) -> list[dict[str, Any]]:
@@ -158,6 +231,7 @@ def completion_records(step: int, report: StepReport, config: GRPOConfig) -> lis
     return [
         {
             "step": step,
+            "row": row,
             "group": row // config.group_size,
             "question": rollout.examples[row // config.group_size].question,
             "expected": expected[row],
@@ -237,10 +311,13 @@ def reward_errors() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with user_errors():
-        job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
-    with interruptible(), reward_errors():
-        job.run()
+    with run_ends(), reward_errors():
+        with user_errors():
+            job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+        with user_errors(Refused):
+            run = job.begin()
+        if run:
+            run.finish()
 
 
 if __name__ == "__main__":

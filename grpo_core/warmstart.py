@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import sft_core
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
-from sft_core.config import as_yaml
+from sft_core.config import NEWEST, as_yaml
 from sft_core.train import PRESETS, SFTConfig, prepare
 
 
-def tiny_sft(config: GRPOConfig) -> Path:
-    """The final model of the built-in SFT run for this task and seed: trained now, or by an earlier run."""
+def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
+    """The final model of the built-in SFT run for this task and seed: trained now, or by an earlier run.
+
+    Args:
+        run: the run folder that it is the start of, which a person goes on with where this is interrupted.
+    """
     sft = parse_config(SFTConfig, ["--preset", "tiny"], PRESETS)
     same = (
         "task",
@@ -40,6 +43,8 @@ def tiny_sft(config: GRPOConfig) -> Path:
         return folder / "final"
     print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
     unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # an earlier attempt that was stopped
-    prepare(replace(sft, output_dir=str(unfinished))).run()
+    start = prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)).begin()
+    if start:  # else a kill came between its end and the next line
+        start.progress.again = run or unfinished
+        start.finish()
     return unfinished.rename(folder) / "final"

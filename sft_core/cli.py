@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
+
+from sft_core.checkpoint import NotSaved, is_checkpoint
+from sft_core.config import FREE_ON_RESUME, NEWEST
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,7 +48,8 @@ def parse_config(
     `default_preset` is used where the command line names no preset, no config file, and no model or task of its own.
 
     Raises:
-        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check.
+        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check,
+            --resume of a run that was begun with other values.
     """
     names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
     parser = _Parser(
@@ -62,6 +67,9 @@ def parse_config(
             if default_preset is None
             else f"named settings; default: {default_preset}, unless --model, --task or --config is given",
         )
+    for action in parser._actions:
+        if action.dest == "resume":
+            action.nargs, action.const = "?", NEWEST
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
     given, _ = parser.parse_known_args(list(argv))
     named = {argument.split("=")[0] for argument in argv}
@@ -69,8 +77,12 @@ def parse_config(
         f"--{name}" in named and getattr(given, name) != built_in
         for name, built_in in (("model", "tiny"), ("task", "arithmetic"))
     )
-    preset = getattr(given, "preset", None) or (None if own_job else default_preset)
+    run, resumed = _run_to_go_on_with(given)
+    preset = getattr(given, "preset", None) or (None if own_job or run else default_preset)
     values: dict[str, Any] = {}
+    begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
+    if run and not preset and not given.config:
+        values |= begun
     if presets and preset:
         values |= _read_file(presets / f"{preset}.yaml", parser, cls)
     if given.config:
@@ -80,8 +92,42 @@ def parse_config(
     )
     if unknown:
         parser.unknown(unknown)
+    if resumed:
+        config = dataclasses.replace(config, **resumed)
     config.check()
+    if run:
+        _same_run(config, parser.parse_args_into_dataclasses(_as_flags(begun))[0], run)
     return config
+
+
+def _run_to_go_on_with(given: Any) -> tuple[Path | None, dict[str, str]]:
+    """The run folder that --resume means, where there is a run in it, and what the flag sets."""
+    wanted, folder = getattr(given, "resume", None), getattr(given, "output_dir", "")
+    if wanted is None:
+        return None, {}
+    if wanted == NEWEST:
+        run = Path(folder)
+        return (run if folder and (run / "config.yaml").is_file() else None), {}
+    path, name = Path(wanted), NEWEST
+    if path.parent.name == "checkpoints":
+        path, name = path.parent.parent, path.name
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"--resume {wanted}: {path} holds no run")
+    if name != NEWEST and not (Path(wanted).is_dir() and is_checkpoint(Path(wanted))):
+        raise ValueError(f"--resume {wanted}: no such checkpoint; --resume {path} takes the newest")
+    if folder and Path(folder).resolve() != path.resolve():
+        raise ValueError(f"--resume {wanted}: is not in --output_dir {folder}; a run goes on in its own folder")
+    return path, {"resume": name, "output_dir": str(path)}
+
+
+def _same_run(config: Any, begun: Any, run: Path) -> None:
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), getattr(begun, field.name)
+        if now != then and field.name not in FREE_ON_RESUME:
+            raise ValueError(
+                f"--{field.name} {now}: the run in {run} was begun with {then}, and goes on as it began; a new run can "
+                f"start from its weights with --model"
+            )
 
 
 def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
@@ -117,20 +163,24 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C ends a run in one line; what was logged and saved until then stays in its folder."""
+def run_ends() -> Iterator[None]:
+    """Ctrl-C, SIGTERM, a full disk and gradients that stay without a number end a run in one line, after what
+    `Progress.kept` says. Exit codes: 130, 143, 1."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("\ninterrupted; the run folder holds all that was logged and saved until now", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
+    except (NotSaved, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ValueError, which names what the user got wrong, into one line on stderr and exit code 2."""
+def user_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn an error that names what the user got wrong into one line on stderr and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

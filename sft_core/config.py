@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +39,10 @@ class TaskConfig:
     prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
     shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
     system_prompt: str | None = flag(None, "replaces the format's own; '' sends none (chat templates may add theirs)")
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped, and counted, before training starts")
+    max_prompt_tokens: int = flag(256, "the longest prompt; see --long_prompts")
+    long_prompts: Literal["drop", "refuse"] = flag(
+        "drop", "longer prompts are dropped, and counted, before training starts, or end the run there"
+    )
 
     def check(self) -> None:
         require(
@@ -135,6 +139,7 @@ class OptimConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's floor under the root of the squared gradient (default: PyTorch's)")
     weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm (1: TRL); 0: never")
+    max_skipped: int = flag(5, "so many steps in a row without a finite loss and gradient end the run")
     max_steps: int = flag(0, "steps to train for; 0: as many as --epochs gives")
     epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
     micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")
@@ -153,7 +158,8 @@ class OptimConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         for name in ("max_grad_norm", "weight_decay", "max_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more")
+        for name in ("micro_batch", "max_skipped"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(
             self.offload_optimizer in ("", "cpu") or Path(self.offload_optimizer).is_dir(),
             "offload_optimizer",
@@ -162,27 +168,46 @@ class OptimConfig:
         )
 
 
+NEWEST = "newest"  # what --resume without a value means
+PASSING = ("output_dir", "resume", "overwrite")  # not part of what a run is, so not in its config.yaml
+# What may differ when a run is gone on with: it moves no number of the training.
+FREE_ON_RESUME = (
+    *PASSING,
+    *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "progress", "show_every"),
+    *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
+    *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses
+)
+
+
 @dataclass(frozen=True)
-class RunConfig:
-    """What is written where. The run folder holds everything that a run leaves behind."""
+class FolderConfig:
+    """Where a program leaves what it writes."""
 
     output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
-    log_every: int = flag(1, "steps between log lines")
-    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only at the end (GRPO: and before)")
-    save_every: int = flag(0, "steps between checkpoints (Hugging Face format); 0: only the final model")
+    overwrite: bool = flag(False, "delete the run that is in --output_dir and begin anew")
     tensorboard: bool = flag(True, "write TensorBoard events")
     progress: bool = flag(True, "draw progress bars")
 
     def check(self) -> None:
-        require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
-        for name in ("eval_every", "save_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        self._check_folder(going_on=False)
+
+    def _check_folder(self, going_on: bool) -> None:
         folder = Path(self.output_dir)
+        found = [entry.name for entry in folder.iterdir()] if self.output_dir and folder.is_dir() else []
+        a_run = "config.yaml" in found and ("provenance.json" in found or len(found) == 1)  # else somebody's own
         require(
-            not self.output_dir or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+            not a_run or self.overwrite or going_on,
             "output_dir",
             self.output_dir,
-            "a folder that is new or empty: earlier runs are never overwritten",
+            "a folder that is new or empty; this one holds a run, which --overwrite deletes and --resume goes on with",
+        )
+        # A run that was stopped in its first moments has left a config in the making.
+        strangers = [name for name in found if not name.startswith("config.yaml")]
+        require(
+            (a_run or not strangers) and not (self.output_dir and folder.is_file()),
+            "output_dir",
+            self.output_dir,
+            "a folder that is new or empty, or holds a run: other files are never touched",
         )
         require(
             all(parent.is_dir() for parent in folder.parents if parent.exists()),
@@ -190,6 +215,49 @@ class RunConfig:
             self.output_dir,
             "a path below folders; there is a file on the way",
         )
+
+
+@dataclass(frozen=True)
+class RunConfig(FolderConfig):
+    """A training run: what is logged and saved when. The run folder holds everything that it leaves behind."""
+
+    resume: str | None = flag(
+        None,
+        "go on with the run in --output_dir from its newest whole checkpoint, or begin it where there is none; "
+        "--resume RUN: with that run; --resume RUN/checkpoints/step-000100: from that checkpoint",
+    )
+    log_every: int = flag(1, "steps between log lines")
+    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only at the end (GRPO: and before)")
+    save_every: str = flag(
+        "10m", "steps (100) or minutes (10m) between checkpoints, from which --resume goes on; 0: when interrupted only"
+    )
+    keep_last: int = flag(2, "so many of the newest checkpoints are kept; 0: all")
+
+    @property
+    def save_interval(self) -> tuple[int, float]:
+        """Steps and seconds between checkpoints; at most one of them is not 0."""
+        text = self.save_every
+        return (0, 60 * float(text[:-1])) if text.endswith("m") else (int(text), 0.0)
+
+    def check(self) -> None:
+        require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+        for name in ("eval_every", "keep_last"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            re.fullmatch(r"\d+|\d+(\.\d+)?m", self.save_every, re.ASCII) is not None,
+            "save_every",
+            self.save_every,
+            "a number of steps (100) or of minutes (10m)",
+        )
+        if self.resume is not None:
+            require(bool(self.output_dir), "resume", self.resume, "--output_dir beside it, or a run folder behind it")
+            require(not self.overwrite, "overwrite", True, "either --overwrite (begin anew) or --resume (go on)")
+        self._check_folder(going_on=self.resume is not None)
+
+
+class Refused(ValueError):
+    """What a user got wrong and only opening the run folder or reading the weights could tell. (Other ValueErrors after
+    `prepare` are faults of the program, and keep their traceback.)"""
 
 
 def require(condition: bool, name: str, value: Any, accepted: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,8 +18,6 @@ from sft_core.policy import Policy
 from sft_core.rows import Rows
 
 Learned = TypeVar("Learned")
-
-SKIPPED_IN_A_ROW = 5  # then the run stops: the weights, not the batch, are at fault
 
 
 class Optimizer:
@@ -45,7 +43,12 @@ class Optimizer:
         name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self.schedule = get_scheduler(name, self.adamw, warmup_steps, total_steps)
         self.initial_scale = self.scaler.get_scale()
+        self.max_skipped = config.max_skipped
         self.skipped = self.skipped_in_a_row = 0
+        self.skipped_rows: list[int] = []  # those at fault since somebody emptied the list
+        self.learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the present pass
+        self.loss = torch.zeros(())  # of the present pass
+        self.passes = 0  # calls of `clip_and_step`: until it grows, weights and moments are what they were
 
     @property
     def lr(self) -> float:
@@ -57,6 +60,7 @@ class Optimizer:
         Where memory runs out, micro-batches are half as large from then on. Because a backward pass that broke off may
         have left part of its gradient, all rows are begun again: the sum is the same however they are cut.
         """
+        self.learned = (rows, learn)
         while True:
             try:
                 return [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)]
@@ -71,44 +75,115 @@ class Optimizer:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradient, times the scaler's factor, to `.grad`."""
+        self.loss = self.loss.to(loss.device) + loss.detach()
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:
-        """Clip, step, advance the schedule, clear the gradients. A gradient that is not finite moves neither weights
-        nor schedule.
+        """Clip, step, advance the schedule, clear the gradients. A loss or gradient that is not finite moves neither
+        weights nor schedule.
 
         An overflow under fp16 is not the batch's fault: the scaler halves its factor and the same batch is to be
         learned again, down to factor 1. What is still not finite then, or ever under bf16 and float32, is skipped and
-        counted, and the loop goes on with the next batch: the same one would end the same way.
+        counted, and the loop goes on with the next batch: the same one would end the same way. Its rows are then
+        learned one by one, to find those at fault.
 
         Returns:
             The gradient's norm before clipping, and whether the same batch is to be learned again.
         """
+        self.passes += 1
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-        finite = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm) and math.isfinite(self.loss)
         if finite:
             # Not scaler.step(), which would look for overflows again.
             (self.offloaded or self.adamw).step()
             self.schedule.step()
         self.scaler.update()
-        self.adamw.zero_grad(set_to_none=True)
+        self._forget()
         again = not finite and 1 <= self.scaler.get_scale() < scale
         if finite:
             self.skipped_in_a_row = 0
         elif not again:
             self.skipped += 1
             self.skipped_in_a_row += 1
+            self.skipped_rows = sorted({*self.skipped_rows, *self._rows_at_fault(scale)})
             self.scaler.update(self.initial_scale)  # the next batch should not pay for this one
+        self.learned = None
         return grad_norm, again
 
-    def stop_if_lost(self) -> None:
-        """Raises:
-        FloatingPointError: SKIPPED_IN_A_ROW steps in a row were skipped.
+    def _rows_at_fault(self, scale: float) -> list[int]:
+        """The rows whose loss or gradient is not finite even where each is learned by itself, at this factor: in one
+        pass with others, a row's NaN may be found in its neighbours' gradient too."""
+        if not self.learned:
+            return []
+        (rows, learn), found = self.learned, []
+        for at, row in rows.micro_batches(1):
+            self.scaler.update(scale)
+            learn(at, row)
+            self.scaler.unscale_(self.adamw)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            if not (math.isfinite(norm) and math.isfinite(self.loss)):
+                found.append(at.start)
+            self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Begin the next pass: no gradient, no loss."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.loss = torch.zeros(())
+
+    def stop_if_lost(self, step: int, hint: str) -> None:
+        """`hint`: where a person finds the rows at fault in this step.
+
+        Raises:
+            FloatingPointError: --max_skipped steps in a row were skipped: the weights, not the batch, are at fault.
         """
-        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite")
+        if self.skipped_in_a_row < self.max_skipped:
+            return
+        numbers = ", ".join(map(str, self.skipped_rows[:20]))
+        more = f" and {len(self.skipped_rows) - 20} more" if len(self.skipped_rows) > 20 else ""
+        rows = f"by itself each of its rows {numbers}{more} ({hint})" if self.skipped_rows else "no row by itself"
+        count = f"{self.skipped_in_a_row} step{'s' * (self.skipped_in_a_row > 1)} in a row"
+        raise FloatingPointError(f"{count} had a loss or gradient that is not finite; in the last, step {step}, {rows}")
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the moments: the schedule, the scaler, what was counted."""
+        counted = {"skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "micro_batch": self.micro_batch}
+        return {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), **counted}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdamW's moments and its count of updates for each parameter that has moved; where they are offloaded, in
+        pieces."""
+        if self.offloaded:
+            return self.offloaded.tensors()
+        states = ((i, self.adamw.state[p]) for i, p in enumerate(self.parameters) if p in self.adamw.state)
+        return {f"{i}.{name}": value for i, state in states for name, value in state.items()}
+
+    def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Go back to where `numbers` and `tensors` were taken, with the moments wherever this one keeps them."""
+        self.schedule.load_state_dict(numbers["schedule"])
+        for group, lr in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.skipped, self.skipped_in_a_row = numbers["skipped"], numbers["in_a_row"]
+        self.micro_batch = min(self.micro_batch, numbers["micro_batch"])
+        for i, parameter in enumerate(self.parameters):
+            if f"{i}.step" in tensors:
+                moments = [torch.cat(_pieces_of(tensors, f"{i}.{name}")) for name in ("exp_avg", "exp_avg_sq")]
+                if self.offloaded:
+                    self.offloaded.put(i, tensors[f"{i}.step"], *moments)
+                else:
+                    mean, square = (moment.to(parameter.device).view_as(parameter) for moment in moments)
+                    # The count is where AdamW had it: fused on a GPU, on the GPU.
+                    step = tensors[f"{i}.step"].clone().to(parameter.device)
+                    self.adamw.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+
+def _pieces_of(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The tensor of this name, or name.0, name.1, ..., each of them flat."""
+    names = [name] if name in tensors else [n for n in map(f"{name}.{{}}".format, range(len(tensors))) if n in tensors]
+    return [tensors[piece].flatten() for piece in names]
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_core import tiny
@@ -15,7 +16,7 @@ from sft_core.allocator import keep_freed_memory
 from sft_core.config import ModelConfig
 from sft_core.half import halve
 from sft_core.precision import Precision, pick_device, pick_precision
-from sft_core.source import Source, find_source
+from sft_core.source import Source, find_source, refused
 
 # peft 0.21 asks transformers 5 for an attribute by its old name, which is no concern of the person who trains.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -58,6 +59,24 @@ class Policy:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def load(self, folder: Path) -> None:
+        """Take the weights that `save` has written, into the tensors that are there.
+
+        Raises:
+            ValueError: they cannot be read, or are those of another model.
+        """
+        with refused(str(folder)):
+            if is_adapted(self.model):
+                from peft import set_peft_model_state_dict
+
+                weights = load_file(folder / "adapter_model.safetensors")
+                set_peft_model_state_dict(self.model, weights, adapter_name="default")
+            else:
+                saved = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=self.model.dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
+                self.model.load_state_dict(saved.state_dict())
+
 
 def is_adapted(model: Any) -> bool:
     """True for a peft model."""
@@ -68,12 +87,14 @@ def load_tokenizer(source: Source | None) -> Any:
     """The tokenizer of a source (None: the built-in model's), in any case with a chat template.
 
     Raises:
-        ValueError: nothing ends a sequence.
+        ValueError: its files cannot be read; nothing ends a sequence.
     """
     if source is None:
         return tiny.build_tokenizer()
     own = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(source.adapter if own else source.base)
+    folder = source.adapter if own else source.base
+    with refused(f"the tokenizer of {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     end_of_sequence_ids(tokenizer, source)
@@ -87,7 +108,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     Weights are read from safetensors only and no code from a model's repository is run.
 
     Raises:
-        ValueError: as `find_source`; a model without an end-of-sequence token.
+        ValueError: as `find_source` and `load_tokenizer`; weights that cannot be loaded.
     """
     source = source or find_source(config)
     device = pick_device(config.device)
@@ -97,11 +118,13 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     tokenizer = load_tokenizer(source)
     eos_ids = end_of_sequence_ids(tokenizer, source)
     if config.from_scratch:
-        model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32, trust_remote_code=False)
         model.generation_config = source.generation_config
     else:
-        packed = _four_bits(precision) if config.use_4bit else {}
-        model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, use_safetensors=True, **packed)
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+        options |= _four_bits(precision) if config.use_4bit else {}
+        with refused(f"--model {source.base}"):
+            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, **options)
     if config.gradient_checkpointing:
         # transformers 5 renames the method and warns about the old name, which it drops in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -164,7 +187,8 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model  # an extra; `check` and `find_source` ask for it
 
     if source.adapter is not None:
-        return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
+        with refused(f"the adapter {source.adapter}"):
+            return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

@@ -9,6 +9,7 @@ from typing import Any
 
 from rewards import extract_hash_answer, extract_xml_answer
 from sft_core.config import TaskConfig
+from sft_core.source import refused
 from sft_core.tasks import Example
 
 Message = dict[str, str]
@@ -85,11 +86,16 @@ def prompt_messages(example: Example, config: TaskConfig) -> list[Message]:
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Ids of the chat up to where the assistant begins to answer."""
+    """Ids of the chat up to where the assistant begins to answer.
+
+    Raises:
+        ValueError: the template fails, or tries what its sandbox forbids.
+    """
     # enable_thinking: Qwen3's template opens an answer of its own with <think> unless told not to; others ignore it.
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
-    )
+    with refused("the tokenizer's chat template (--system_prompt '' if it takes no system prompt)"):
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
+        )
     return list(encoded["input_ids"])
 
 
@@ -102,14 +108,20 @@ def drop_long_prompts(examples: list[Example], tokenizer: Any, config: TaskConfi
     """The examples whose prompt is within --max_prompt_tokens; says how many were left out.
 
     Raises:
-        ValueError: no example is left.
+        ValueError: no example is left, or one would be left out under --long_prompts refuse.
     """
-    kept = [
-        e for e in examples if len(encode_prompt(tokenizer, prompt_messages(e, config))) <= config.max_prompt_tokens
-    ]
-    if examples and not kept:
-        raise ValueError(f"--max_prompt_tokens {config.max_prompt_tokens}: all {len(examples)} prompts are longer")
+    limit = config.max_prompt_tokens
+    lengths = [len(encode_prompt(tokenizer, prompt_messages(example, config))) for example in examples]
+    kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
     left_out = len(examples) - len(kept)
+    if examples and not kept:
+        raise ValueError(f"--max_prompt_tokens {limit}: all {len(examples)} prompts are longer")
+    if left_out and config.long_prompts == "refuse":
+        longest = examples[lengths.index(max(lengths))].question
+        raise ValueError(
+            f"--long_prompts refuse: {left_out} of {len(examples)} prompts are over --max_prompt_tokens {limit}, the "
+            f"longest with {max(lengths)} tokens: {longest[:60]!r}"
+        )
     if left_out:
-        print(f"left out {left_out} of {len(examples)} problems: prompts over {config.max_prompt_tokens} tokens")
+        print(f"left out {left_out} of {len(examples)} problems: prompts over {limit} tokens")
     return kept

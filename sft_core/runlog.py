@@ -1,82 +1,201 @@
 """The run folder: all that a run leaves behind, and nothing elsewhere.
 
 config.yaml         the resolved config; --config takes it back
-provenance.json     command, versions, commit, hardware, seed, time
+provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
-tensorboard/        the same scalars
-checkpoints/        step-000100/, ... in Hugging Face format
-final/              the final model or adapter
+heldout/            step-000000.jsonl, ...: every answer of an evaluation
+tensorboard/        the same scalars as log.jsonl
+checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
+final/              the final model or adapter; written last, so a folder that has it is finished
 """
 
 from __future__ import annotations
 
 import json
 import math
-import platform
-import shlex
-import subprocess
+import os
+import shutil
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from sft_core.config import RunConfig, as_yaml
+from sft_core.checkpoint import (
+    Damaged,
+    checkpoints,
+    load_numbers,
+    newest_whole,
+    not_saved,
+    set_aside,
+    step_of,
+    to_disk,
+    verify,
+    write_text,
+    write_whole,
+)
+from sft_core.config import NEWEST, PASSING, FolderConfig, Refused, as_yaml
 from sft_core.policy import Policy
-from sft_core.precision import cpu_capabilities
+from sft_core.provenance import provenance
 
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
 
+LOGS = ("log.jsonl", "completions.jsonl", "answers.jsonl")
+OTHERS = ("summary.json", "heldout", "tensorboard", "final", "base")
+
 
 class RunFolder:
-    """Open a new run folder and write what is known before the first step."""
+    """A run folder that this process alone writes to.
 
-    def __init__(self, config: RunConfig, kind: str) -> None:
+    A new run finds it new or empty (or empties it, under --overwrite). Where --resume finds a whole checkpoint, that is
+    `checkpoint`, and `go_on` is to be called once it is loaded; where it finds none, the run begins anew.
+
+    Raises:
+        Refused: it holds a run that is neither to go on nor to be overwritten; another process writes to it; the
+            checkpoint that --resume names is damaged.
+        NotSaved: the disk is full, or the folder may not be written to.
+    """
+
+    def __init__(self, config: FolderConfig, kind: str) -> None:
         self.path = Path(config.output_dir) if config.output_dir else _fresh(kind)
-        self.path.mkdir(parents=True, exist_ok=True)
-        # Without output_dir: repeating a run must not collide with it.
-        lines = [line for line in as_yaml(config).splitlines() if not line.startswith("output_dir:")]
-        (self.path / "config.yaml").write_text("\n".join(lines) + "\n")
+        self.config = config
+        self.writer: Any = None
+        self.evaluations: dict[int, dict[str, Any]] = {}  # the log's lines of kind eval, by step
+        self.finished = False
+        self.checkpoint: Path | None = None
+        with not_saved(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(self.path)
+            with self.closed_on_error():
+                self._open()
+
+    def _open(self) -> None:
+        resume = getattr(self.config, "resume", None)
+        self.finished = bool(resume) and (self.path / "final").is_dir()
+        self.checkpoint = _found(self.path, resume) if resume and not self.finished else None
+        if self.finished:
+            self.close()
+        elif not self.checkpoint:
+            self._begin(going_on=bool(resume))
+            self._show()
+
+    def _begin(self, going_on: bool) -> None:
+        """Remove what an earlier run has left, where that was asked for, and write what is known before the first
+        step."""
+        config = self.config
+        if (self.path / "config.yaml").exists() and not (going_on or config.overwrite):
+            raise Refused(f"--output_dir {self.path}: holds a run; --resume goes on with it, --overwrite deletes it")
+        # Config and provenance are not among them: they say that the rest is a run's, and are replaced at a stroke.
+        for name in (*LOGS, *OTHERS, *([] if going_on else ["checkpoints"])):
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        lines = [line for line in as_yaml(config).splitlines() if line.split(":")[0] not in PASSING]
+        write_text(self.path / "config.yaml", "\n".join(lines) + "\n")
         _write_json(self.path / "provenance.json", provenance(getattr(config, "seed", None)))
-        self.writer = None
-        if config.tensorboard:
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Set later checkpoints aside, cut the logs to where they were, and note who goes on with the run.
+
+        Raises:
+            NotSaved: the disk is full, or gone.
+            Refused: a line of the log is not JSON.
+        """
+        with not_saved(self.path):
+            for later in checkpoints(self.path):
+                if step_of(later) > step_of(checkpoint):
+                    print(f"{later} is later: it is set aside as {set_aside(later).name}", file=sys.stderr)
+            for name, size in load_numbers(checkpoint)["logs"].items():
+                _cut(self.path / name, size)
+            self._note(step_of(checkpoint))
+            self._show()
+
+    def _note(self, step: int) -> None:
+        with suppress(OSError, ValueError):  # provenance that somebody has deleted is no reason to stop
+            begun = json.loads((self.path / "provenance.json").read_text())
+            again = {"after_step": step, **provenance(getattr(self.config, "seed", None))}
+            _write_json(self.path / "provenance.json", {**begun, "resumed": [*begun.get("resumed", []), again]})
+
+    def _show(self) -> None:
+        """Begin TensorBoard's copy of the log anew, so that a run that was gone on with shows no step twice."""
+        if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            if (self.path / "tensorboard").exists():
+                shutil.rmtree(self.path / "tensorboard")
             self.writer = SummaryWriter(str(self.path / "tensorboard"))
+        for record in read_jsonl(self.path / "log.jsonl"):
+            self._remember(record)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a line to log.jsonl and its numbers to TensorBoard. NaN and infinity are written as null: JSON has
         no word for them."""
-        record = {"kind": kind, "step": step, "timestamp_iso": datetime.now(timezone.utc).isoformat(), **values}
+        now = datetime.now(timezone.utc).isoformat()
+        record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
         append_jsonl(self.path / "log.jsonl", [record])
-        if self.writer:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+        self._remember(record)
 
-    def save_checkpoint(self, policy: Policy, step: int) -> Path:
-        folder = self.path / "checkpoints" / f"step-{step:06d}"
-        return folder if folder.exists() else self._save(policy, folder)  # a failing step comes after a saved one
+    def _remember(self, record: dict[str, Any]) -> None:
+        kind, step = record["kind"], record["step"]
+        if kind == "eval":
+            self.evaluations[step] = record
+        at = datetime.fromisoformat(record["timestamp_iso"]).timestamp()
+        try:
+            for name, value in record.items() if self.writer else ():
+                if name != "step" and (value is None or isinstance(value, (int, float))):
+                    self.writer.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step, walltime=at)
+        except (
+            OSError
+        ) as error:  # of its own thread; the log, of which it is a copy, will say the same where it matters
+            print(f"TensorBoard could not be written and ends here: {error}", file=sys.stderr)
+            self.writer = None
+
+    def sizes(self) -> dict[str, int]:
+        """The length of each log in bytes."""
+        paths = {name: self.path / name for name in LOGS}
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+
+    def to_disk(self) -> None:
+        """Force the logs to the disk: a checkpoint counts on them."""
+        for name in LOGS:
+            if (self.path / name).exists():
+                to_disk(self.path / name)
+
+    def answers_path(self, step: int) -> Path:
+        """Where the answers of an evaluation are kept."""
+        return self.path / "heldout" / f"step-{step:06d}.jsonl"
+
+    def save_answers(self, step: int, answers: Iterable[dict[str, Any]]) -> None:
+        write_text(self.answers_path(step), "".join(_line(answer) for answer in answers))
 
     def save_final(self, policy: Policy) -> Path:
-        return self._save(policy, self.path / "final")
+        """
+        Raises:
+            NotSaved: the disk is full, or gone.
+        """
+        return write_whole(self.path / "final", policy.save)
 
-    def _save(self, policy: Policy, folder: Path) -> Path:
-        # Written beside and renamed: a folder of this name is whole or absent.
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        policy.save(unfinished)
-        return unfinished.rename(folder)
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """A block after which, if it fails, another run of this process may write here."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
+        """Let go of the folder."""
         if self.writer:
-            self.writer.close()
+            with suppress(OSError):  # a disk that is full was full for the log, too
+                self.writer.close()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 def _fresh(kind: str) -> Path:
@@ -86,10 +205,87 @@ def _fresh(kind: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+def _locked(run: Path) -> int | None:
+    """The descriptor of the folder, locked, which ends with this process however it ends; None where the file system
+    has no locks.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise Refused(f"--output_dir {run}: another process is writing to this run folder") from None
+    except OSError:  # some network and cloud drives
+        os.close(folder)
+        print(f"{run} cannot be locked on this file system: see to it that one process alone uses it", file=sys.stderr)
+        return None
+    return folder
+
+
+def _found(run: Path, name: str) -> Path | None:
+    """The checkpoint to go on from. None: there is none yet.
+
+    Raises:
+        Refused: the one that was named is damaged.
+    """
+    if name == NEWEST:
+        found = newest_whole(run, lambda text: print(text, file=sys.stderr))
+        if not found and (run / "config.yaml").exists():
+            print(f"{run} holds no whole checkpoint yet: the run begins anew", file=sys.stderr)
+        return found
+    found = run / "checkpoints" / name
+    try:
+        verify(found)
+    except Damaged as error:
+        raise Refused(f"--resume {found}: is damaged ({error}); --resume {run} takes the one before") from None
+    return found
+
+
+def _cut(log: Path, size: int) -> None:
+    """Shorten a log to its first `size` bytes, and to whole lines where somebody has shortened it already."""
+    there = log.stat().st_size if log.exists() else 0
+    if there < size:
+        print(f"{log} has lost {size - there} bytes since the checkpoint was written", file=sys.stderr)
+        size = log.read_bytes().rfind(b"\n") + 1 if there else 0
+    if log.exists():
+        os.truncate(log, size)
+
+
 def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    """
+    Raises:
+        NotSaved: the disk is full, or gone.
+    """
+    with not_saved(path), path.open("a", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+            file.write(_line(_finite(record)))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """What `append_jsonl` has written; nothing where there is no file.
+
+    Raises:
+        Refused: a line is not JSON.
+    """
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise Refused(f"{path}, line {number}: is not JSON; the run can go on without the line") from error
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -103,70 +299,4 @@ def _finite(value: Any) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def provenance(seed: int | None) -> dict[str, Any]:
-    """What a reader needs in order to repeat a run."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "datasets", "safetensors", "tokenizers", "peft", "trl"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    cpu = cpu_capabilities().get("cpu_name", platform.machine())
-    hardware = [f"{cpu}, {torch.get_num_threads()} threads"]
-    hardware += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": shlex.join(sys.orig_argv[1:]),
-        "commit": _commit(),
-        "versions": versions,
-        "hardware": hardware,
-        "seed": seed,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def shown_flags(flags: Sequence[str]) -> str:
-    """A command's flags for a record that others read: of absolute paths, the last part."""
-    return shlex.join(Path(flag).name if Path(flag).is_absolute() else flag for flag in flags)
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, marked where it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
-
-
-class Stopwatch:
-    """Where the time of a step goes. `lap(name)` adds the time since the last lap to `name`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.start = self.last = self._now()
-
-    def lap(self, name: str) -> None:
-        now = self._now()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
-
-    @property
-    def total(self) -> float:
-        return self.last - self.start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run behind Python's back
-        return time.perf_counter()
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -51,7 +51,7 @@ def shapes_of(config: ModelConfig, source: Source | None) -> Shapes:
     """The shapes of the model that `load_policy` would load; no weight is read. `source` None: the built-in model."""
     values: Any = source.model_config if source else tiny.model_config(tiny.build_tokenizer())
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(values, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(values, dtype=torch.float32, trust_remote_code=False)
     head = model.get_output_embeddings()
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     of_layer = [sum(p.numel() for p in matrix.parameters()) for _, matrix in _matrices(layers[0])]

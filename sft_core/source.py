@@ -1,18 +1,24 @@
-"""Where a policy comes from: all that can be found out, and refused, before any weight is read."""
+"""Where a policy comes from: all that can be found out, and refused, before any weight is read.
+
+What lies in a model's folder was written by somebody else. Weights are read from safetensors files only, everything
+else is JSON, text or a template in a sandbox; no pickle is opened, and no code that comes with a model is run.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from sft_core import tiny
-from sft_core.config import ModelConfig
+from sft_core.config import ModelConfig, Refused
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,28 @@ class Source:
         return int(getattr(self.model_config, "max_position_embeddings", 0)) or 2**31
 
 
+@contextmanager
+def refused(name: str) -> Iterator[None]:
+    """What a library says of files that it cannot use, whatever the class of its exception, as one line.
+
+    Raises:
+        Refused: the block failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{name}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
 def find_source(config: ModelConfig) -> Source:
-    """Resolve --model and --adapter_path, reading configuration files only.
+    """Resolve --model and --adapter_path, reading configuration files and the headers of local weights only.
 
     `--model` may itself be an adapter folder, which names its base model.
 
     Raises:
-        ValueError: no such folder, unreachable hub, an adapter without its config, an unknown --config_overrides key.
+        ValueError: no such folder, unreachable hub, an adapter without its config, an unknown --config_overrides key,
+            weights that are not safetensors, code that the model would bring along.
     """
     base, adapter = config.model, config.adapter_path
     for flag, folder in (("--model", base), ("--adapter_path", adapter)):
@@ -52,37 +73,77 @@ def find_source(config: ModelConfig) -> Source:
             raise ValueError(f"--lora: expected a model without an adapter; {adapter} is one, and is trained further")
         if find_spec("peft") is None:
             raise ValueError(f"the adapter {adapter} needs the peft package: pip install '.[lora]'")
+        with refused(str(description)):
+            described = json.loads(description.read_text(encoding="utf-8"))
         if adapter == base:
-            base = _base_of(description)
+            base = _base_of(description, described)
+        _check_weights(f"the adapter {adapter}", Path(adapter), ["adapter_model.safetensors"])
     try:
         values, _ = PreTrainedConfig.get_config_dict(base)
-    except OSError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"--model {base}: neither a model folder here nor to be had from the hub ({reason})"
         ) from error
-    if "model_type" not in values:
+    if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError(f"--model {base}: holds no config.json with a model_type, so it is not a model folder")
-    if Path(base).is_dir() and not config.from_scratch and not any(Path(base).glob("*.safetensors")):
-        raise ValueError(f"--model {base}: holds no *.safetensors; --from_scratch starts from random weights")
+    _check_safe(base, values)
+    if Path(base).is_dir() and not config.from_scratch:
+        _check_weights(f"--model {base}", Path(base), _weight_files(Path(base)))
     values.update(_overrides(config.config_overrides, values))
     try:
         model_config = AutoConfig.for_model(**values)
     except Exception as error:  # a class of its own for each way in which a value can be wrong
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"--model {base}: its config.json describes no model known here ({reason})") from error
-    generation_config = GenerationConfig()
-    with contextlib.suppress(OSError):  # many models ship none
-        generation_config = GenerationConfig.from_pretrained(base)
-    return Source(base, adapter, model_config, generation_config)
+    return Source(base, adapter, model_config, _generation_config(base))
 
 
-def _base_of(description: Path) -> str:
-    """The base model that an adapter_config.json names."""
+def _generation_config(base: str) -> GenerationConfig:
+    """The one that the model ships; many ship none."""
+    if (Path(base) / "generation_config.json").exists():
+        with refused(f"--model {base}: its generation_config.json"):
+            return GenerationConfig.from_pretrained(base)
     try:
-        return str(json.loads(description.read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{description}: names no base_model_name_or_path; give --model and --adapter_path") from error
+        return GenerationConfig() if Path(base).is_dir() else GenerationConfig.from_pretrained(base)
+    except OSError:
+        return GenerationConfig()
+
+
+def _check_safe(base: str, values: dict[str, Any]) -> None:
+    """Refuse what a config.json can name besides its own model: a file of weights of any kind, a kernel of the hub."""
+    kernel = any("/" in str(values.get(key)) for key in ("attn_implementation", "_attn_implementation"))
+    if kernel or "transformers_weights" in values:
+        raise ValueError(f"--model {base}: its config.json names a kernel or a file of weights, which are not loaded")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a model's safetensors files: one, or those that an index lists."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole.name]
+    with refused(f"--model {folder}: its {index.name}"):
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+
+
+def _check_weights(owner: str, folder: Path, names: list[str]) -> None:
+    """Files that are there, in the folder itself, and by their headers whole safetensors."""
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{owner}: its index names {name[:80]!r}; only *.safetensors beside it are read")
+        if not (folder / name).is_file():
+            hint = "; --from_scratch starts from random weights" if owner.startswith("--model") else ""
+            raise ValueError(f"{owner}: holds no {name}, and weights in other formats are not read{hint}")
+        with refused(f"{owner}: its {name}"), safe_open(folder / name, framework="pt"):
+            pass
+
+
+def _base_of(path: Path, described: Any) -> str:
+    """The base model that an adapter_config.json names."""
+    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: names no base_model_name_or_path; give --model and --adapter_path")
+    return base
 
 
 def _is_a_path(name: str) -> bool:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import zlib
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rewards import extract_hash_answer
+from rewards import extract_hash_answer, parse_number
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
 
 GSM8K = (
     "openai/gsm8k"  # the hub's name for Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168
 )
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,15 @@ class Task:
     def size(self) -> int | None:
         """Training problems; None: endless."""
         return None if isinstance(self.train, Endless) else len(self.train)
+
+    @property
+    def identity(self) -> str:
+        """A CRC of all problems: tells this task from the same file with other lines. Endless ones have their seed."""
+        known = [] if isinstance(self.train, Endless) else self.train
+        crc = 0
+        for example in (*known, *self.heldout):
+            crc = zlib.crc32(f"{example.question}\0{example.solution}\0".encode("utf-8", "surrogatepass"), crc)
+        return f"{crc:08x}"
 
     def filtered(self, keep: Callable[[list[Example]], list[Example]]) -> Task:
         """Both sides passed through `keep`; an endless one is not: its problems are all of one kind and length."""
@@ -131,22 +146,41 @@ def _from_hub(split: str) -> list[Example]:
 def read_jsonl(path: Path) -> list[Example]:
     """A file of one JSON object per line with GSM8K's columns, `question` and `answer` (worked, ending in `#### N`).
 
+    Further columns may hold whatever Python takes for JSON, NaN included.
+
     Raises:
-        ValueError: no problem in it, or a malformed line, with its number.
+        ValueError: no file that can be read, no problem in it, or a malformed line, with its number.
     """
+    if not path.is_file():  # a pipe would be read once, and a task is read twice
+        raise ValueError(f"{path}: is not a file")
     examples = []
-    with path.open("rb") as lines:  # decoded line by line, so that the error can name the line
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except ValueError as error:  # of the decoding or of the JSON
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            examples.append(as_example(row, f"{path}, line {number}"))
+    try:
+        with path.open("rb") as lines:  # decoded line by line, so that the error can name the line
+            for number, line in enumerate(lines, start=1):
+                text, where = line.removeprefix(BOM_UTF8 if number == 1 else b""), f"{path}, line {number}"
+                if text.strip():
+                    examples.append(as_example(_row(text, where), where))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     if not examples:
         raise ValueError(f"{path}: holds no problems")
     return examples
+
+
+def _row(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # of the decoding or of the JSON
+        raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `json` itself takes the last of two values of one key, and says nothing."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:40]!r} is there twice")
+    return row
 
 
 def as_example(row: Any, where: str) -> Example:
@@ -158,7 +192,13 @@ def as_example(row: Any, where: str) -> Example:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             raise ValueError(f"{where}: column {column} is missing, empty or not a string")
+        if LONE_SURROGATE.search(row[column]):  # tokenizers and logs would fail on it
+            raise ValueError(
+                f"{where}: column {column} holds half of a surrogate pair (\\ud800 to \\udfff), no character"
+            )
     gold = extract_hash_answer(row["answer"])
     if not gold:
         raise ValueError(f"{where}: the answer has no `#### N` with the final answer")
+    if parse_number(gold) is None:
+        raise ValueError(f"{where}: the answer ends in `#### {gold[:40]!r}`, which is not a number")
     return Example(row["question"], row["answer"], gold)

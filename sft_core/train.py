@@ -10,19 +10,24 @@ import math
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from sft_core.cli import interruptible, parse_config, user_errors
-from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
+from sft_core.checkpoint import not_saved
+from sft_core.cli import parse_config, run_ends, user_errors
+from sft_core.clock import Stopwatch
+from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
-from sft_core.policy import Policy, load_policy, load_tokenizer
+from sft_core.policy import Policy, is_adapted, load_policy, load_tokenizer
+from sft_core.progress import Progress, weights_identity
 from sft_core.prompts import (
     FORMATS,
     demonstration,
@@ -32,7 +37,7 @@ from sft_core.prompts import (
     prompt_messages,
 )
 from sft_core.rows import Rows, pack_rows
-from sft_core.runlog import RunFolder, Stopwatch
+from sft_core.runlog import RunFolder
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 from sft_core.tiny import build_tiny
@@ -115,39 +120,90 @@ class SFTJob:
     task: Task
     source: Source | None  # None: the built-in model
 
-    def run(self) -> Path:
-        """Train; return the folder of the final model."""
-        config, task = self.config, self.task
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        config = self.config
+        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.batch_size)
+
+    def begin(self) -> SFTRun | None:
+        """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under
+        --resume the run is found finished.
+
+        Raises:
+            Refused: as `RunFolder`, `Optimizer` and `Progress`.
+        """
+        config = self.config
         set_seed(config.seed)
         folder = RunFolder(config, "sft")
-        source = self.source or find_source(replace(config, model=str(build_tiny(folder.path / "base", config.seed))))
-        policy = load_policy(config, source)
-        size = task.size or 0
-        steps = config.max_steps or math.ceil(config.epochs * size / config.batch_size)
-        optimizer = Optimizer(policy, config, steps)
+        with folder.closed_on_error():
+            return None if folder.finished else self._begin(folder)
+
+    def _begin(self, folder: RunFolder) -> SFTRun:
+        config, base = self.config, ""
+        if not self.source:
+            with not_saved(folder.path / "base"):
+                base = str(build_tiny(folder.path / "base", config.seed))
+        policy = load_policy(config, self.source or find_source(replace(config, model=base)))
+        # Weights that no checkpoint holds: those below an adapter.
+        identity = {"task": self.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
+        optimizer = Optimizer(policy, config, self.steps)
+        return SFTRun(self, folder, policy, optimizer, Progress(folder, config, policy, optimizer, {}, identity))
+
+    def run(self) -> Path:
+        """Train, or go on training; return the folder of the final model."""
+        run = self.begin()
+        return run.finish() if run else Path(self.config.output_dir) / "final"
+
+
+@dataclass(frozen=True)
+class SFTRun:
+    """A run whose weights are there: at its start, or wherever it was left."""
+
+    job: SFTJob
+    folder: RunFolder
+    policy: Policy
+    optimizer: Optimizer
+    progress: Progress
+
+    def finish(self) -> Path:
+        """Train; return the folder of the final model."""
+        with closing(self.folder), self.progress.kept():
+            self.train()
+            return self.folder.save_final(self.policy)
+
+    def train(self) -> None:
+        """The steps that are still to take."""
+        config, task, policy, optimizer = self.job.config, self.job.task, self.policy, self.optimizer
+        steps, done = self.job.steps, self.progress.step
         policy.model.train()
-        bar = tqdm(range(1, steps + 1), desc="SFT", disable=not config.progress, unit="step")
+        self.look(done)  # a run that stopped at an evaluation makes up for it
+        bar = tqdm(range(done + 1, steps + 1), "SFT", steps, initial=done, disable=not config.progress, unit="step")
         for step in bar:
             clock = Stopwatch(policy.device)
             lr = optimizer.lr
+            skipped, optimizer.skipped_rows = optimizer.skipped, []
             examples = task.draw((step - 1) * config.batch_size, config.batch_size, config.seed)
             rows = encode_demonstrations(policy, examples, config)
-            record = sft_step(policy, optimizer, rows)
+            record: dict[str, Any] = sft_step(policy, optimizer, rows)
             clock.lap("step")
-            if step % config.log_every == 0 or step == steps:
+            if step % config.log_every == 0 or step == steps or optimizer.skipped > skipped:
                 tokens = int(rows.completion_len_N.sum())
                 record |= {"learning_rate": lr, "tokens": tokens, "time_per_step_s": clock.total}
-                record["skipped_steps"] = optimizer.skipped
-                folder.log("train", step, record)
+                record |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
+                self.folder.log("train", step, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
-            optimizer.stop_if_lost()
-            if task.heldout and (step == steps or (config.eval_every and step % config.eval_every == 0)):
-                folder.log("eval", step, {"heldout_loss": heldout_loss(policy, task.heldout, config)})
-            if config.save_every and step % config.save_every == 0 and step != steps:
-                folder.save_checkpoint(policy, step)
-        final = folder.save_final(policy)
-        folder.close()
-        return final
+            self.progress.completed(step)
+            at_fault = [examples[row].question for row in optimizer.skipped_rows]
+            optimizer.stop_if_lost(step, "; ".join(repr(question[:60]) for question in at_fault[:3]))
+            self.look(step)
+
+    def look(self, step: int) -> None:
+        """Log the held-out loss where that is due, and was not logged before the run was gone on with."""
+        config, heldout = self.job.config, self.job.task.heldout
+        due = step == self.job.steps or (step and config.eval_every and step % config.eval_every == 0)
+        if heldout and due and step not in self.folder.evaluations:
+            self.folder.log("eval", step, {"heldout_loss": heldout_loss(self.policy, heldout, config)})
 
 
 def prepare(config: SFTConfig) -> SFTJob:
@@ -164,10 +220,12 @@ def prepare(config: SFTConfig) -> SFTJob:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with user_errors():
-        job = prepare(parse_config(SFTConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
-    with interruptible():
-        print(f"final model: {job.run()}")
+    with run_ends():
+        with user_errors():
+            job = prepare(parse_config(SFTConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+        with user_errors(Refused):
+            run = job.begin()
+        print(f"final model: {run.finish()}" if run else f"this run is finished: {job.config.output_dir}/final")
 
 
 if __name__ == "__main__":

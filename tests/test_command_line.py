@@ -261,8 +261,9 @@ def test_an_error_inside_a_run_keeps_its_traceback(
     def faulty(*args: Any, **kwargs: Any) -> None:
         raise ValueError("tensors of unlike sizes")
 
-    for module in (sft_core.train, grpo_core.train, eval.__main__):
-        monkeypatch.setattr(module, "load_policy", faulty)
+    monkeypatch.setattr(sft_core.train, "sft_step", faulty)
+    monkeypatch.setattr(grpo_core.train, "grpo_step", faulty)
+    monkeypatch.setattr(eval.__main__, "evaluate", faulty)
     with pytest.raises(ValueError, match="tensors of unlike sizes"):
         PROGRAMS[program](workplace.argv(program))
 

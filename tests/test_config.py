@@ -246,7 +246,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(presets: Path) -> Non
         (["--micro_batch", "0"], "1 or more"),
         (["--seed", "-1"], "0 to 2**32 - 1"),
         (["--log_every", "0"], "1 or more"),
-        (["--save_every", "-1"], "0 or more"),
+        (["--keep_last", "-1"], "0 or more"),
         (["--prompts_per_step", "0"], "1 or more"),
         (["--mu", "0"], "1 or more"),
         (["--temperature", "0"], "more than 0"),

@@ -60,6 +60,8 @@ def test_padding_counts_in_no_metric(padding: float) -> None:
             "clip_ratio_high_max": 2 / 3,
             "ratio_min": 0.5,
             "ratio_max": 2.0,
+            "ratio_first_min": 0.5,
+            "ratio_first_max": 2.0,
         }
     )
 
@@ -130,6 +132,40 @@ def test_a_sequences_ratio_counts_each_completion_once_whatever_its_length() -> 
     assert (found["ratio_min"], found["ratio_max"]) == (0.5, 2.0)
 
 
+def test_the_first_updates_ratios_are_told_apart_from_those_of_later_ones() -> None:
+    ratios = [[1.0, 1.0, 0.9, 1.0], [1.0, 1.1, 1.0, 1.0], [0.5, 2.0, 1.0, 1.0]]
+    found = counted(grpo_config(**BOTH), [[True] * 4] * 3, ratios, [1.0] * 3, updates=[0, 0, 1])
+    assert (found["ratio_first_min"], found["ratio_first_max"]) == (pytest.approx(0.9), pytest.approx(1.1))
+    assert (found["ratio_min"], found["ratio_max"]) == (0.5, 2.0)
+
+
+def test_a_steps_first_update_has_ratio_1_and_the_next_ones_have_not() -> None:
+    config = grpo_config(group_size=4, mu=3, micro_batch=3)
+    record = measured(ends_often(tiny_policy()), config, sampled(config))
+    assert record["ratio_first_min"] == record["ratio_first_max"] == 1
+    assert record["ratio_min"] < 0.99 and record["ratio_max"] > 1.01
+
+
+def test_a_log_line_tells_why_nothing_is_learned() -> None:
+    """One of two groups has equal rewards."""
+    config = grpo_config(group_size=4)
+    samples = sampled(config)
+
+    def first_group_alone(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return [float(row) if row < 4 else 7.0 for row in range(8)]
+
+    parts = caught(ends_often(tiny_policy()), config, first_group_alone)
+    report = step(with_samples(parts, samples))
+    record = step_record(report, config)
+    assert record["zero_variance_share"] == 0.5
+    assert record["zero_variance_tokens"] == int(samples.rows.completion_len_N[4:].sum())
+    assert record["adv_abs_mean"] == pytest.approx(float(report.advantage_BG.abs().mean()))
+    assert record["adv_abs_mean"] > 0.1
+    assert record["truncated_share"] == float(samples.truncated_N.float().mean())
+    assert 0 <= record["sampler_gap_mean"] <= record["sampler_gap_max"] < 1e-4
+    assert {"grad_norm", "ratio_first_min", "ratio_first_max"} <= set(record)
+
+
 @pytest.mark.parametrize("loss", ["dapo", "gspo"])
 def test_completions_that_teach_nothing_are_not_counted(loss: Any) -> None:
     """A masked row has no token and ratio 1."""
@@ -196,7 +232,7 @@ def test_a_step_whose_rows_are_all_masked_teaches_nothing_and_can_be_logged(loss
     assert len(gradients) == 2 and all((g == 0).all() for gradient in gradients for g in gradient.values())
     record = step_record(report, config)
     assert all(math.isfinite(value) for value in record.values())
-    assert record["ratio_min"] == record["ratio_max"] == 1
+    assert record["ratio_min"] == record["ratio_max"] == record["ratio_first_min"] == record["ratio_first_max"] == 1
     assert record["clip_ratio_low_min"] == record["clip_ratio_high_max"] == 0
     assert record["length_max"] == 8 and record["truncated_share"] == 1  # what was sampled is told all the same
     append_jsonl(tmp_path / "log.jsonl", [record])

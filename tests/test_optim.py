@@ -132,7 +132,7 @@ def test_only_bad_steps_in_a_row_end_a_run() -> None:
         for _ in range(times):
             learn.backward(loss(policy, slope))
             learn.clip_and_step()
-            learn.stop_if_lost()
+            learn.stop_if_lost(1, "")
 
     bad = float("nan")
     take(bad, times=4)

@@ -316,11 +316,11 @@ def test_a_run_is_saved_before_a_failing_reward_function_ends_it_by_name_and_row
     assert failing_run(tmp_path / "run", model, "--reward_timeout", "0.5") == 1
     lines = capsys.readouterr().err.splitlines()
     saved = tmp_path / "run" / "checkpoints" / "step-000002"
-    assert lines[0] == f"saved the weights after step 2: {saved}"
+    assert lines[:2] == ["", f"saved: {saved}; go on with --resume {tmp_path / 'run'}"]
     assert re.match("error: reward function mine: " + message, lines[-1])
     own = 'failing_module.py", line' in "".join(lines)
-    assert own == (kind in ("raises", "hangs")) and len(lines) == (2 if not own else len(lines))
-    assert not any("rewards/call.py" in line or "grpo_core" in line for line in lines[1:])  # the user's own lines alone
+    assert own == (kind in ("raises", "hangs")) and len(lines) == (3 if not own else len(lines))
+    assert not any("rewards/call.py" in line or "grpo_core" in line for line in lines[2:])  # the user's own lines alone
 
     trained, start = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (saved, model))
     assert any(not torch.equal(trained[name], start[name]) for name in start)

@@ -332,11 +332,24 @@ def test_an_epoch_trains_on_every_row_once(tmp_path: Path, base: Path, monkeypat
 
 
 def test_checkpoints_appear_every_so_many_steps_and_open_plainly(tmp_path: Path, base: Path) -> None:
-    flags = ["--model", str(base), "--task", "arithmetic", "--max_steps", "6", "--save_every", "2", "--log_every", "4"]
+    flags = [
+        "--model",
+        str(base),
+        "--task",
+        "arithmetic",
+        "--max_steps",
+        "6",
+        "--save_every",
+        "2",
+        "--log_every",
+        "4",
+        "--keep_last",
+        "0",
+    ]
     log = run(tmp_path / "run", *flags)
     assert [line["step"] for line in log if line["kind"] == "train"] == [4, 6]  # every 4th and the last
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000002", "step-000004"]  # 6: final/
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-00000{i}" for i in (2, 4, 6)]
     first, last = (AutoModelForCausalLM.from_pretrained(checkpoints / f"step-00000{i}") for i in (2, 4))
     assert not torch.equal(logits(first), logits(last))
     AutoTokenizer.from_pretrained(checkpoints / "step-000002")

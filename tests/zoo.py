@@ -33,6 +33,7 @@ from tests.sheet import exercise_sheet, labels
 
 ROOT = Path(__file__).parent.parent
 TIME_LIMIT = 120.0  # seconds for the tests of one bug
+TIME_LIMIT_OF_ALL = 1200.0  # for all tests that are named, without a bug
 # What the tests import, of other people's: imported before the forks, where it is installed.
 PRELOADED: tuple[str, ...] = (
     "pytest",
@@ -74,7 +75,9 @@ class Job:
 
     @property
     def limit(self) -> float:
-        return (self.bug and self.bug.hangs_after) or TIME_LIMIT
+        if self.bug is None:
+            return TIME_LIMIT_OF_ALL
+        return self.bug.hangs_after or TIME_LIMIT
 
     def verdict(self, result: Result) -> str:
         """caught, NOT CAUGHT, or broken: pytest did not get as far as a failing test."""

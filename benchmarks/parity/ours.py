@@ -73,18 +73,14 @@ class RecordingOptimizer(Optimizer):
     ) -> None:
         super().__init__(policy, config, config.max_steps)
         self.policy, self.trace, self.spoil_loss = policy, trace, spoil_loss
-        self.loss = 0.0
 
     def backward(self, loss: Tensor) -> None:
-        loss = self.spoil_loss(len(self.trace.loss), loss)
-        self.loss += loss.item()
-        super().backward(loss)
+        super().backward(self.spoil_loss(len(self.trace.loss), loss))
 
     def clip_and_step(self) -> tuple[float, bool]:
         named = self.policy.trainable()
         self.trace.gradient.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        self.trace.loss.append(self.loss)
-        self.loss = 0.0
+        self.trace.loss.append(float(self.loss))
         outcome = super().clip_and_step()
         self.trace.weights.append({name: p.detach().clone() for name, p in named})
         return outcome

@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
 from benchmarks.tables import markdown
-from sft_core.runlog import provenance, shown_flags
+from grpo_core.memory import GB
+from sft_core.provenance import provenance, shown_flags
 
-GB = 1e9
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the mean reward
 WINDOW = 5  # steps that a reward is averaged over before it is compared with a level
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 import warnings
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +20,7 @@ from grpo_core import train
 from grpo_core.config import GRPOConfig
 from rewards import score
 from sft_core.allocator import keep_freed_memory
+from sft_core.clock import now
 from sft_core.policy import load_tokenizer
 from sft_core.precision import pick_device, pick_precision
 from sft_core.prompts import prompt_messages
@@ -36,16 +36,11 @@ class Turns(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.connection.recv() is None:
             raise KeyboardInterrupt  # the trainer has no other way out before its step
-        self.began = self._now()
+        self.began = now(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        seconds = self._now() - self.began
+        seconds = now(self.device) - self.began
         self.connection.send({"seconds": seconds, **self.seen, "peak_bytes": peak_bytes(self.device)})
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocator: bool) -> None:
@@ -65,7 +60,7 @@ def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocat
             model=config.model,
             processing_class=load_tokenizer(job.source),
             reward_funcs=[_reward(job, turns)],
-            train_dataset=_dataset(job, rows),
+            train_dataset=_dataset(job),
             args=TRLConfig(
                 **arguments(config, accumulation=-(-rows // config.micro_batch)) | _like(config, device),
                 output_dir=output,
@@ -105,7 +100,7 @@ def _like(config: GRPOConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _dataset(job: train.GRPOJob, rows: int) -> Dataset:
+def _dataset(job: train.GRPOJob) -> Dataset:
     """The problems that this project's side meets, in its order."""
     config, tokenizer = job.config, load_tokenizer(job.source)
     examples = job.task.draw(0, config.max_steps * config.prompts_per_step, config.seed)
@@ -139,9 +134,9 @@ def with_timer(trainer: GRPOTrainer, turns: Turns) -> None:
     generate = trainer._generate_single_turn
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = turns._now()
+        began = now(turns.device)
         out = generate(*args, **kwargs)
-        turns.seen["generation_seconds"] = turns._now() - began
+        turns.seen["generation_seconds"] = now(turns.device) - began
         return out
 
     trainer._generate_single_turn = timed

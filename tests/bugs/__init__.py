@@ -1,10 +1,9 @@
 """The bugs of `python -m tests.zoo`, by theme."""
 
-from tests.bugs import numerics, options, rows, sampling, speed, text
-from tests.bugs.mutation import NOT_BUILT, PITFALLS, Mutation
+from tests.bugs import numerics, options, resume, rows, sampling, speed, text
+from tests.bugs.mutation import PITFALLS, Mutation
 
-MUTATIONS: list[Mutation] = sorted(
-    [*text.BUGS, *rows.BUGS, *sampling.BUGS, *numerics.BUGS, *options.BUGS, *speed.BUGS], key=lambda bug: bug.pitfall
-)
+THEMES = (text, rows, sampling, numerics, options, speed, resume)
+MUTATIONS: list[Mutation] = sorted((bug for theme in THEMES for bug in theme.BUGS), key=lambda bug: bug.pitfall)
 
-__all__ = ["MUTATIONS", "NOT_BUILT", "PITFALLS", "Mutation"]
+__all__ = ["MUTATIONS", "PITFALLS", "Mutation"]

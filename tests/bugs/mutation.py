@@ -57,8 +57,3 @@ PITFALLS = {
     33: "Sampling in less time: prompts read once, rows that leave",
     34: "Less memory: halved copies, moments elsewhere, fewer rows at a time",
 }
-
-# Pitfalls without a mutation, and the reason.
-NOT_BUILT = {
-    22: "not built yet: a run cannot be resumed",
-}

@@ -6,6 +6,7 @@ from tests.bugs.mutation import Mutation
 
 ADVANTAGES, OBJECTIVE = "tests/test_advantages.py::", "tests/test_objective.py::"
 OPTIM, STEP, RUNS = "tests/test_optim.py::", "tests/test_step.py::", "tests/test_runs.py::"
+LOST = "tests/test_lost_numbers.py::"
 
 BUGS = [
     Mutation(
@@ -89,8 +90,8 @@ BUGS = [
         14,
         "weights in half precision under a GradScaler",
         "sft_core/policy.py",
-        "from_pretrained(source.base, dtype=torch.float32, use_safetensors=True",
-        "from_pretrained(source.base, dtype=torch.float16 if config.precision == 'fp16' else torch.float32",
+        "from_pretrained(source.base, dtype=torch.float32,",
+        "from_pretrained(source.base, dtype=torch.float16 if config.precision == 'fp16' else torch.float32,",
         "fp16 gradients cannot be unscaled (PyTorch refuses), and steps smaller than fp16's spacing would be lost.",
         (f"{RUNS}test_fp16_runs_under_a_grad_scaler_over_float32_weights",),
     ),
@@ -158,6 +159,54 @@ BUGS = [
         "            pass\n",
         "Five harmless skips, spread over a week's run, end it.",
         (f"{OPTIM}test_only_bad_steps_in_a_row_end_a_run",),
+    ),
+    Mutation(
+        26,
+        "a loss that is not finite goes unseen where its gradient is",
+        "sft_core/optim.py",
+        "finite = math.isfinite(grad_norm) and math.isfinite(self.loss)\n",
+        "finite = math.isfinite(grad_norm)\n",
+        "The step is taken by whatever part of the loss had a gradient, and the log shows a hole.",
+        (f"{LOST}test_a_loss_that_is_not_finite_is_skipped_even_where_its_gradient_is",),
+    ),
+    Mutation(
+        26,
+        "rows are blamed for their neighbours",
+        "sft_core/optim.py",
+        "for at, row in rows.micro_batches(1):",
+        "for at, row in rows.micro_batches(self.micro_batch):",
+        "Where one row of a packed group is NaN all are, so the message sends people to rows that are sound, or to the "
+        "first of a micro-batch.",
+        (f"{LOST}test_a_neighbour_that_is_lost_in_the_same_pass_only_is_not_named",),
+    ),
+    Mutation(
+        26,
+        "the search for the rows leaves its gradient",
+        "sft_core/optim.py",
+        "                found.append(at.start)\n            self._forget()\n",
+        "                found.append(at.start)\n",
+        "The next batch's gradient is added to the lost rows' NaN: one bad batch ends the run.",
+        (f"{LOST}test_the_rows_that_hold_the_poison_are_named_and_no_other_and_nothing_moves",),
+    ),
+    Mutation(
+        26,
+        "a reference that has lost a row loses its group",
+        "sft_core/logprobs.py",
+        "    if micro_batch > 1 and not logp_NT.isfinite().all():\n",
+        "    if False:\n",
+        "Completions are scored side by side behind their prompt, and a NaN in one reaches the others through the "
+        "masked attention, 0 times NaN.",
+        (f"{LOST}test_the_rows_that_hold_the_poison_are_named_and_no_other_and_nothing_moves",),
+    ),
+    Mutation(
+        26,
+        "NaN logits stop the sampler",
+        "eval/generation.py",
+        "        if lost_N.any():\n",
+        "        if False:\n",
+        "torch.multinomial raises, on a GPU with an assertion that takes the process's CUDA context along: nothing is "
+        "saved.",
+        (f"{LOST}test_a_row_that_nothing_can_be_drawn_for_ends_there_and_the_others_are_what_they_were",),
     ),
     Mutation(
         26,

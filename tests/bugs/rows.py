@@ -150,7 +150,7 @@ BUGS = [
         10,
         "gradients are not cleared",
         "sft_core/optim.py",
-        "        self.scaler.update()\n        self.adamw.zero_grad(set_to_none=True)\n",
+        "        self.scaler.update()\n        self._forget()\n",
         "        self.scaler.update()\n",
         "Each step goes down the sum of all gradients so far.",
         ("tests/test_optim.py::test_backward_adds_up_and_a_step_clears",),

@@ -1,0 +1,32 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Where the time of a step goes. `lap(name)` adds the time since the last lap to `name`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.start = self.last = now(device)
+
+    def lap(self, name: str) -> None:
+        at = now(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + at - self.last
+        self.last = at
+
+    @property
+    def total(self) -> float:
+        return self.last - self.start
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run behind Python's back
+    return time.perf_counter()

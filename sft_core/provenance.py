@@ -1,0 +1,60 @@
+"""What a reader needs in order to repeat a run: command, versions, commit, hardware, seed, time."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft_core.precision import cpu_capabilities
+
+
+def provenance(seed: int | None) -> dict[str, Any]:
+    """What a reader needs in order to repeat a run."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets", "safetensors", "tokenizers", "peft", "trl"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cpu = cpu_capabilities().get("cpu_name", platform.machine())
+    hardware = [f"{cpu}, {torch.get_num_threads()} threads"]
+    hardware += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": shlex.join(sys.orig_argv[1:]),
+        "commit": _commit(),
+        "versions": versions,
+        "hardware": hardware,
+        "seed": seed,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def shown_flags(flags: Sequence[str]) -> str:
+    """A command's flags for a record that others read: of absolute paths, the last part."""
+    return shlex.join(Path(flag).name if Path(flag).is_absolute() else flag for flag in flags)
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, marked where it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,106 @@
+"""Bugs in going on with a run: pitfall 22."""
+
+from __future__ import annotations
+
+from tests.bugs.mutation import Mutation
+
+ANYWHERE = "tests/test_resume.py::test_gone_on_with_from_any_of_its_checkpoints_a_run_ends_with_the_same_bits"
+
+BUGS = [
+    Mutation(
+        22,
+        "the data begin anew",
+        "grpo_core/train.py",
+        """        self.position = numbers["position"]
+""",
+        """        pass
+""",
+        "After each interruption the first problems come again, and the last ones never.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "the last step is taken twice",
+        "grpo_core/train.py",
+        "range(done + 1, steps + 1)",
+        "range(max(done, 1), steps + 1)",
+        "Its weights are in the checkpoint already: one step too many, on the next step's problems, under its number.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "random states begin anew",
+        "sft_core/progress.py",
+        """        set_random_state(state["random"])
+""",
+        "",
+        "The run goes on with the seed's first numbers: the samples of step 1 for the problems of step 101.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "a reward function's random numbers begin anew",
+        "sft_core/checkpoint.py",
+        """    random.setstate((version, tuple(words), gauss))
+""",
+        "",
+        "PyTorch's state is the one that everybody saves. Python's and NumPy's belong to rewards and data.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "AdamW without its moments",
+        "sft_core/optim.py",
+        """            if f"{i}.step" in tensors:
+""",
+        """            if False:
+""",
+        "Weights alone are not a checkpoint: after a second warm-up of the moments the first steps are as large as the "
+        "learning rate allows.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "the schedule's state without its rate",
+        "sft_core/optim.py",
+        """            group["lr"] = lr
+""",
+        """            pass
+""",
+        "The schedule knows where it is, the optimizer does not until the next step of the schedule: one step at the "
+        "full rate.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "the scaler begins anew",
+        "sft_core/optim.py",
+        """        self.scaler.load_state_dict(numbers["scaler"])
+""",
+        "",
+        "fp16 gradients are rounded under another factor, and the first batches after it overflow anew.",
+        ("tests/test_resume.py::test_an_optimizer_goes_on_as_it_was_left",),
+    ),
+    Mutation(
+        22,
+        "the reference follows anew",
+        "grpo_core/reference.py",
+        """if self.sync_every else {}
+""",
+        """if not self.sync_every else {}
+""",
+        "A reference that moves is part of the state; this one falls back to where the run began.",
+        (ANYWHERE,),
+    ),
+    Mutation(
+        22,
+        "log lines twice",
+        "sft_core/runlog.py",
+        """        os.truncate(log, size)
+""",
+        """        pass
+""",
+        "What was logged after the checkpoint is logged again: curves that run backwards, sums that count twice.",
+        (ANYWHERE,),
+    ),
+]

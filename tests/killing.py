@@ -1,0 +1,161 @@
+"""Runs that are killed without warning and gone on with, again and again. By hand, on the embedded job:
+
+    python -m tests.killing --kills 20 --folder FOLDER -- --preset tiny
+
+Each run is a forked child of this process, so that none waits for its imports, and is killed with SIGKILL after a
+random time. `differences` then compares what is left with a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import grpo_core.train
+import sft_core.train
+
+Program = Callable[[Sequence[str]], None]
+
+
+def child(program: Program, argv: Sequence[str], out: Path) -> int:
+    """Start the program in a forked process, what it prints appended to a file; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with out.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        program(argv)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever happens: there must not be a second pytest
+            os._exit(code)
+
+
+def finished_in(pid: int, seconds: float) -> int | None:
+    """The exit code of a child that ends within so many seconds; None: it is still at work."""
+    end = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.002)
+
+
+def run_killed(
+    program: Program, argv: Sequence[str], out: Path, kills: int, longest: float, seed: int = 0
+) -> tuple[int, int]:
+    """Run under --resume; kill `kills` times after at most so many seconds; at last let it finish.
+
+    Returns:
+        How many kills found it at work, and the exit code of the end.
+    """
+    rng, killed = random.Random(seed), 0
+    for _ in range(kills):
+        pid = child(program, [*argv, "--resume"], out)
+        code = finished_in(pid, rng.uniform(0, longest))
+        if code is not None:
+            return killed, code
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        killed += 1
+    code = finished_in(child(program, [*argv, "--resume"], out), 3600)
+    assert code is not None
+    return killed, code
+
+
+def differences(undisturbed: Path, other: Path) -> list[str]:
+    """What tells two run folders apart, times aside; nothing where the runs are one and the same to the bit."""
+    found = []
+    weights = sorted(path.relative_to(undisturbed) for path in (undisturbed / "final").glob("*.safetensors"))
+    names = [*map(str, weights), "completions.jsonl", *(f"heldout/{p.name}" for p in undisturbed.glob("heldout/*"))]
+    if not weights:
+        found.append("no final weights")
+    for name in names:
+        paths = (undisturbed / name, other / name)
+        if [path.read_bytes() if path.exists() else None for path in paths][0] != (
+            paths[1].read_bytes() if paths[1].exists() else None
+        ):
+            found.append(name)
+    if log(undisturbed) != log(other):
+        found.append("log.jsonl")
+    if shown(undisturbed) != shown(other):
+        found.append("tensorboard")
+    return found
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The log without its times."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not is_a_time(name)} for line in lines]
+
+
+def is_a_time(name: str) -> bool:
+    return name.endswith(("_s", "seconds", "timestamp_iso"))
+
+
+def shown(run: Path) -> dict[str, list[tuple[int, str]]]:
+    """TensorBoard's curves without the times."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not is_a_time(tag)]
+    return {tag: [(event.step, str(event.value)) for event in events.Scalars(tag)] for tag in tags}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--longest", type=float, default=15.0, help="seconds that a run lives at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder for both runs")
+    parser.add_argument("--program", choices=["grpo", "sft"], default="grpo")
+    parser.add_argument("flags", nargs="*", help="the program's own, after --")
+    given = parser.parse_args()
+    program = {"grpo": grpo_core.train.main, "sft": sft_core.train.main}[given.program]
+    given.folder.mkdir(parents=True)
+    quiet = [*given.flags, "--no_progress"]
+    whole, parts = given.folder / "undisturbed" / "run", given.folder / "killed" / "run"
+    start = time.monotonic()
+    code = finished_in(child(program, [*quiet, "--output_dir", str(whole)], given.folder / "undisturbed.txt"), 3600)
+    took = time.monotonic() - start
+    print(f"undisturbed: exit code {code} after {took:.0f} s", flush=True)
+    start = time.monotonic()
+    killed, code = run_killed(
+        program,
+        [*quiet, "--output_dir", str(parts)],
+        given.folder / "killed.txt",
+        given.kills,
+        given.longest,
+        given.seed,
+    )
+    print(f"killed {killed} times: exit code {code} after {time.monotonic() - start:.0f} s")
+    found = differences(whole, parts)
+    print("bit-equal: weights, log, TensorBoard, completions, held-out answers" if not found else f"differs: {found}")
+    raise SystemExit(bool(found) or code)
+
+
+if __name__ == "__main__":
+    main()
