@@ -63,10 +63,8 @@ def generate(
         alive = torch.arange(N, device=device)
         ids, attention = prompt_NP, attention_NP
         while len(alive) and width < budget:
-            recorder, enough = (
-                _LogprobRecorder(temperature, policy.eos_ids[0]),
-                _SomeHaveEnded(policy.eos_ids, P + width),
-            )
+            recorder = _LogprobRecorder(temperature, policy.eos_ids[0])
+            enough = _SomeHaveEnded(policy.eos_ids, P + width)
             config.max_new_tokens = budget - width
             longer = model.generate(
                 input_ids=ids,

@@ -5,7 +5,6 @@ What a log does not hold is NaN, and a comparison with NaN is False: no numbers,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from grpo_core.config import GRPOConfig
+from rewards.jsonl import read_jsonl
 
 LEAST_LINES = 10  # two lines in a fifth; one is no mean
 
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Run:
     """The run folder of GRPO or of SFT.
 
     Raises:
-        ValueError: it is no such folder, or a line before the last one is not JSON.
+        ValueError: it is no such folder, or a line before the last one is no JSON object.
     """
     for name in ("config.yaml", "log.jsonl"):
         if not (folder / name).is_file():
@@ -151,29 +151,11 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder / 'config.yaml'}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict) or not {"group_size", "batch_size"} & set(config) or "lr" not in config:
         raise ValueError(f"{folder}: expected a run of grpo_core.train or sft_core.train, not this config.yaml")
-    log = read_jsonl(folder / "log.jsonl")
-    completions = folder / "completions.jsonl"
+    log = read_jsonl(folder / "log.jsonl", torn_end=True)
     return Run(
         folder.resolve().name,
         config,
         [line for line in log if line.get("kind") == "train"],
         [line for line in log if line.get("kind") == "eval"],
-        read_jsonl(completions) if completions.is_file() else [],
+        read_jsonl(folder / "completions.jsonl", torn_end=True),
     )
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Its last line may be torn, where the process was killed; it is left out then."""
-    lines = path.read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not JSON") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: expected an object")
-        records.append(record)
-    return records

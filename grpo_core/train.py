@@ -24,6 +24,7 @@ from grpo_core.rollout import REWARD_COLUMNS
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
+from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import Refused
@@ -31,7 +32,7 @@ from sft_core.optim import Optimizer
 from sft_core.policy import is_adapted, load_policy, load_tokenizer, without_dropout
 from sft_core.progress import Part, Progress, weights_identity
 from sft_core.prompts import drop_long_prompts
-from sft_core.runlog import RunFolder, append_jsonl, read_jsonl
+from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
 

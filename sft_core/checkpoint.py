@@ -244,8 +244,10 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_numbers(folder: Path) -> dict[str, Any]:
     """The part of a state that is not tensors."""
     with readable(folder / NUMBERS):
-        numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
-        return {**numbers}
+        numbers = json.loads((folder / NUMBERS).read_text())
+        if not isinstance(numbers, dict):
+            raise ValueError("expected a JSON object")
+        return numbers
 
 
 @contextmanager

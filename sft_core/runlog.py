@@ -25,6 +25,7 @@ from typing import Any
 
 import transformers
 
+from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import (
     Damaged,
     checkpoints,
@@ -128,7 +129,11 @@ class RunFolder:
             if (self.path / "tensorboard").exists():
                 shutil.rmtree(self.path / "tensorboard")
             self.writer = SummaryWriter(str(self.path / "tensorboard"))
-        for record in read_jsonl(self.path / "log.jsonl"):
+        try:
+            lines = read_jsonl(self.path / "log.jsonl")
+        except ValueError as error:
+            raise Refused(f"{error}; the run can go on without the line") from error
+        for record in lines:
             self._remember(record)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -148,9 +153,7 @@ class RunFolder:
             for name, value in record.items() if self.writer else ():
                 if name != "step" and (value is None or isinstance(value, (int, float))):
                     self.writer.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step, walltime=at)
-        except (
-            OSError
-        ) as error:  # of its own thread; the log, of which it is a copy, will say the same where it matters
+        except OSError as error:  # of its own thread; the log, whose copy it is, fails by itself where it matters
             print(f"TensorBoard could not be written and ends here: {error}", file=sys.stderr)
             self.writer = None
 
@@ -266,22 +269,6 @@ def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with not_saved(path), path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(_line(_finite(record)))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """What `append_jsonl` has written; nothing where there is no file.
-
-    Raises:
-        Refused: a line is not JSON.
-    """
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise Refused(f"{path}, line {number}: is not JSON; the run can go on without the line") from error
-    return records
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         return Task("arithmetic", train, _arithmetic_heldout(config))
     if config.task == "gsm8k":
         return Task("gsm8k", _limited(_from_hub("train"), config.max_samples), load_heldout(config))
-    examples = read_jsonl(Path(config.task))
+    examples = read_problems(Path(config.task))
     if config.eval_file:
         heldout = load_heldout(config)
     else:
@@ -117,7 +117,7 @@ def load_heldout(config: TaskConfig) -> list[Example]:
         return _arithmetic_heldout(config)
     if config.task == "gsm8k" and not config.eval_file:
         return _limited(_from_hub("test"), config.eval_problems)
-    return _limited(read_jsonl(Path(config.eval_file or config.task)), config.eval_problems)
+    return _limited(read_problems(Path(config.eval_file or config.task)), config.eval_problems)
 
 
 def _arithmetic_heldout(config: TaskConfig) -> list[Example]:
@@ -143,7 +143,7 @@ def _from_hub(split: str) -> list[Example]:
     return [as_example(dict(row), f"{GSM8K} {split} row {i}") for i, row in enumerate(rows)]
 
 
-def read_jsonl(path: Path) -> list[Example]:
+def read_problems(path: Path) -> list[Example]:
     """A file of one JSON object per line with GSM8K's columns, `question` and `answer` (worked, ending in `#### N`).
 
     Further columns may hold whatever Python takes for JSON, NaN included.

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
+from transformers import AutoModelForCausalLM
 
 import grpo_core.train
 from tests.helpers import tiny_model, tokenizer
 from tests.killing import Program, child, finished_in
 
 Action = Callable[[], None]
+
+# Python warns of a fork beside threads; the children here use one thread, and the parent has no pool of threads alive.
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 STEPS = 3
 SMALL = ["--task", "arithmetic", "--prompt_format", "hash", "--system_prompt", "", "--max_prompt_tokens", "90"]
@@ -33,6 +38,7 @@ def save_start(folder: Path) -> Path:
     """The cheapest model, with its tokenizer, in a folder."""
     tiny_model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)  # children inherit what transformers builds at a first load
     return folder
 
 

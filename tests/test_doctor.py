@@ -26,7 +26,8 @@ from grpo_core import doctor
 from grpo_core.config import GRPOConfig
 from grpo_core.doctor import CAUSES, GRPO, SFT, as_json, findings, main, notes, report
 from grpo_core.findings import FELL, MOVED, STILL, Finding
-from grpo_core.readlog import LEAST_LINES, Change, Run, read_jsonl, read_run
+from grpo_core.readlog import LEAST_LINES, Change, Run, read_run
+from rewards.jsonl import read_jsonl
 from sft_core.train import SFTConfig
 from tests.sick.record import CASES
 
@@ -471,17 +472,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_torn_last_line_is_left_out(folder: Path) -> None:
     log = folder / "log.jsonl"
-    whole = read_jsonl(log)
+    whole = read_jsonl(log, torn_end=True)
     for torn in ('{"kind": "train", "st', '{"kind": "train", "text": "\xe4'):
         log.write_bytes((SICK / "too_hard" / "log.jsonl").read_bytes() + torn.encode("latin-1"))
-        assert read_jsonl(log) == whole and names(read_run(folder))[0] == "too_hard"
+        assert read_jsonl(log, torn_end=True) == whole and names(read_run(folder))[0] == "too_hard"
 
 
 def test_a_line_that_is_torn_in_the_middle_is_an_error_that_names_it(folder: Path) -> None:
     log = folder / "log.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
-    with pytest.raises(ValueError, match=r"log\.jsonl:4: not JSON"):
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 4: is not JSON"):
         read_run(folder)
 
 

@@ -16,11 +16,10 @@ import sft_core.runlog
 from sft_core.checkpoint import Damaged, checkpoints, set_aside, verify
 from sft_core.progress import Progress
 from sft_core.runlog import RunFolder
-from tests.faulty import SFT, Action, Ended, command, dies, disk_takes, ended, fails, on_call, on_write, save_start
+from tests.faulty import FORKS, SFT, Action, Ended, command, dies, disk_takes, ended, fails, on_call, on_write
 from tests.killing import differences, log
 
-# the children of this process use one thread, and no pool of threads is alive in it
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+pytestmark = FORKS
 
 FILES = [
     "config.json",
@@ -33,19 +32,6 @@ FILES = [
     "training/state.json",
     "manifest.json",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_start(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbs."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert ended(command(model, run)).code == 0
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from sft_core.config import ModelConfig, TaskConfig
 from sft_core.policy import load_policy, load_tokenizer
 from sft_core.prompts import drop_long_prompts, encode_prompt, prompt_messages
 from sft_core.source import find_source
-from sft_core.tasks import Example, load_task, read_jsonl
+from sft_core.tasks import Example, load_task, read_problems
 from sft_core.tiny import build_tiny
 from tests.helpers import tokenizer
 
@@ -38,7 +38,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 def read(folder: Path, content: bytes) -> list[Example]:
     path = folder / "problems.jsonl"
     path.write_bytes(content)
-    return read_jsonl(path)
+    return read_problems(path)
 
 
 def complaint(folder: Path, content: bytes) -> str:
@@ -140,7 +140,7 @@ def test_whatever_a_file_holds_problems_or_one_line_come_out(lines: list[bytes],
         path = Path(folder) / "problems.jsonl"
         path.write_bytes(mark + end.join(lines))
         try:
-            examples = read_jsonl(path)
+            examples = read_problems(path)
         except ValueError as error:
             assert str(error).startswith(str(path)) and str(error).isprintable()
         else:
@@ -171,7 +171,7 @@ def test_a_folder_or_a_pipe_is_not_a_task(
         line = the_error_line(program, ["--model", str(tmp_path), flag, str(path)], capsys)
         assert f"{flag} {path}: expected" in line and "existing" in line
         with pytest.raises(ValueError, match="is not a file"):
-            read_jsonl(path)
+            read_problems(path)
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_long_prompts_are_refused_where_that_is_asked_for(
 def test_long_prompts_are_dropped_unless_refused_and_refusing_lets_short_ones_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examples, tok = read_jsonl(problems(tmp_path)), tokenizer()
+    examples, tok = read_problems(problems(tmp_path)), tokenizer()
     lengths = [len(encode_prompt(tok, prompt_messages(e, TaskConfig(system_prompt="")))) for e in examples]
     drop = TaskConfig(system_prompt="", max_prompt_tokens=60)
     assert drop_long_prompts(examples, tok, drop) == [examples[0], *examples[2:]]

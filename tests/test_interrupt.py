@@ -25,12 +25,11 @@ from sft_core.checkpoint import checkpoints, verify
 from sft_core.optim import Optimizer
 from sft_core.progress import Progress
 from sft_core.runlog import RunFolder
-from tests.faulty import SFT, Action, command, ended, fails, on_call, save_start, sends
+from tests.faulty import FORKS, SFT, Action, command, ended, fails, on_call, sends
 from tests.helpers import length_reward
 from tests.killing import Program, differences
 
-# the children of this process use one thread, and no pool of threads is alive in it
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+pytestmark = FORKS
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 ROOT = Path(__file__).parent.parent
@@ -55,11 +54,6 @@ GRPO_MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
     "while the comparison is printed": (grpo_core.train, "comparison", 1, False, 3),
     "while the final model is written": (RunFolder, "save_final", 1, False, 3),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_start(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,11 @@ from sft_core.config import OptimConfig
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy
 from sft_core.tiny import build_tiny
+from tests.faulty import FORKS
 from tests.helpers import PEFT_IS_BEHIND, tiny_policy
 from tests.killing import Program, child, differences, finished_in, log, run_killed
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_IS_BEHIND),
-    # the children of this process use one thread, and no pool of threads is alive in it
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 STEPS = 6
 TASK = ["--task", "arithmetic", "--prompt_format", "hash", "--system_prompt", "", "--max_prompt_tokens", "90"]

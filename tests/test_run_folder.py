@@ -24,28 +24,11 @@ from sft_core.checkpoint import checkpoints, step_of
 from sft_core.cli import parse_config
 from sft_core.config import FREE_ON_RESUME
 from sft_core.progress import Progress
-from tests.faulty import SFT, STEPS, Ended, command, dies, ended, fails, on_call, save_start
+from tests.faulty import FORKS, SFT, STEPS, Ended, command, dies, ended, fails, on_call
 from tests.helpers import PEFT_IS_BEHIND, message_of, tiny_model
 from tests.killing import child, differences, log, shown
 
-pytestmark = [
-    pytest.mark.filterwarnings(PEFT_IS_BEHIND),
-    # the children of this process use one thread, and no pool of threads is alive in it
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_start(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run at its end, that nobody disturbed."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert ended(command(model, run)).code == 0
-    return run
+pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +90,15 @@ def test_a_second_process_is_refused_and_touches_nothing(at_work: Path, model: P
         assert contents(at_work) == before
 
 
-def test_after_kill_9_the_lock_is_free(model: Path, finished: Path, run: Path) -> None:
+def test_after_kill_9_the_lock_is_free(model: Path, whole: Path, run: Path) -> None:
     assert ended(command(model, run, "--resume")).code == 0
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
 
 
-def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, finished: Path, run: Path) -> None:
+def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, whole: Path, run: Path) -> None:
     end = ended(command(model, run, "--resume"), lambda: on_call(__import__("fcntl"), "flock", 1, fails()))
     assert end.code == 0 and f"{run} cannot be locked on this file system" in end.text
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
 
 
 # --- a folder that holds something
@@ -128,14 +111,14 @@ def test_a_run_is_neither_gone_on_with_nor_deleted_without_being_told_to(model: 
     assert contents(run) == before
 
 
-def test_overwrite_deletes_the_run_and_no_file_of_anybody_else(model: Path, finished: Path, run: Path) -> None:
+def test_overwrite_deletes_the_run_and_no_file_of_anybody_else(model: Path, whole: Path, run: Path) -> None:
     (run / "notes.txt").write_text("mine")
     (run / "mine").mkdir()
     (run / "mine" / "model.safetensors").write_text("mine too")
     (run / "heldout" / "step-000002.jsonl").write_text("of the old run\n")
     end = ended(command(model, run, "--overwrite", "--keep_last", "1"))
     assert end.code == 0, end.text
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
     assert not (run / "heldout" / "step-000002.jsonl").exists()
     assert [step_of(path) for path in checkpoints(run)] == [STEPS]
     assert (run / "notes.txt").read_text() == "mine"
@@ -157,19 +140,19 @@ def test_a_folder_of_strangers_files_is_refused_whatever_is_asked(
     assert contents(folder) == before
 
 
-def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml.unfinished").write_text("model: ti")
     assert ended(command(model, run)).code == 0
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
 
 
 # --- the forms of --resume
 
 
 @pytest.mark.parametrize("form", ["bare", "run", "run with its folder", "checkpoint", "relative"])
-def test_every_form_of_resume_goes_on_to_the_same_end(form: str, model: Path, finished: Path, run: Path) -> None:
+def test_every_form_of_resume_goes_on_to_the_same_end(form: str, model: Path, whole: Path, run: Path) -> None:
     short = ["--no_progress", "--resume"]
     argv = {
         "bare": command(model, run, "--resume"),
@@ -180,24 +163,24 @@ def test_every_form_of_resume_goes_on_to_the_same_end(form: str, model: Path, fi
     }[form]
     end = ended(argv)
     assert end.code == 0, end.text
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
 
 
-def test_an_earlier_checkpoint_that_is_named_sets_the_later_ones_aside(model: Path, finished: Path, run: Path) -> None:
+def test_an_earlier_checkpoint_that_is_named_sets_the_later_ones_aside(model: Path, whole: Path, run: Path) -> None:
     first, second = checkpoints(run)
     kept = contents(second)
     end = ended(["--no_progress", "--keep_last", "0", "--resume", str(first)])
     assert end.code == 0, end.text
     assert f"{second} is later: it is set aside as step-000002.set-aside" in end.text
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
     assert contents(second.with_name("step-000002.set-aside")) == kept
     assert [step_of(path) for path in checkpoints(run)] == [1, 2, 3]
 
 
-def test_a_bare_resume_of_a_new_folder_begins_the_run(model: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_bare_resume_of_a_new_folder_begins_the_run(model: Path, whole: Path, tmp_path: Path) -> None:
     end = ended(command(model, tmp_path / "new", "--resume"))
     assert end.code == 0 and "begins anew" not in end.text, end.text
-    assert differences(finished, tmp_path / "new") == []
+    assert differences(whole, tmp_path / "new") == []
 
 
 def test_what_resume_cannot_take_is_one_line_that_says_so(model: Path, run: Path, tmp_path: Path) -> None:
@@ -247,12 +230,12 @@ def test_every_setting_that_moves_no_number_may_change(run: Path) -> None:
     assert {name: str(getattr(config, name)) for name in FREE} == {**FREE, "reward_timeout": "9.0"}
 
 
-def test_a_finished_run_is_left_as_it_is(model: Path, finished: Path) -> None:
-    before = contents(finished)
-    for argv in (command(model, finished, "--resume"), ["--resume", str(finished)]):
+def test_a_finished_run_is_left_as_it_is(model: Path, whole: Path) -> None:
+    before = contents(whole)
+    for argv in (command(model, whole, "--resume"), ["--resume", str(whole)]):
         end = ended(argv)
-        assert end.code == 0 and f"this run is finished: {finished / 'final'}" in end.text
-        assert contents(finished) == before
+        assert end.code == 0 and f"this run is finished: {whole / 'final'}" in end.text
+        assert contents(whole) == before
 
 
 # --- what the run was begun with has changed
@@ -302,11 +285,11 @@ def test_weights_below_an_adapter_or_of_a_reference_that_have_changed_are_refuse
     ],
 )
 def test_checkpoints_are_written_and_kept_as_asked(
-    flags: list[str], kept: list[int], model: Path, finished: Path, tmp_path: Path
+    flags: list[str], kept: list[int], model: Path, whole: Path, tmp_path: Path
 ) -> None:
     assert ended(command(model, tmp_path / "run", *flags)).code == 0
     assert [step_of(path) for path in checkpoints(tmp_path / "run")] == kept
-    assert differences(finished, tmp_path / "run") == []
+    assert differences(whole, tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "10s", "m", "", "1e3", "10 m", "nanm", "٣"])
@@ -344,7 +327,7 @@ def test_the_config_is_the_runs_and_not_the_commands(killed: Path) -> None:
     assert {*values, "output_dir", "resume", "overwrite"} == set(GRPOConfig.__dataclass_fields__)
 
 
-def test_log_and_tensorboard_show_no_step_twice(model: Path, finished: Path, run: Path) -> None:
+def test_log_and_tensorboard_show_no_step_twice(model: Path, whole: Path, run: Path) -> None:
     for _ in range(2):  # in the third step, its log line written and no checkpoint
         ends = partial(on_call, Progress, "completed", 1, dies)
         assert ended(command(model, run, "--resume"), ends).code == 9
@@ -353,12 +336,12 @@ def test_log_and_tensorboard_show_no_step_twice(model: Path, finished: Path, run
     assert [line["step"] for line in log(run) if line["kind"] == "train"] == [1, 2, 3]
     curves = shown(run)
     assert [step for step, _ in curves["train/reward_mean"]] == [1, 2, 3]
-    assert curves == shown(finished)
+    assert curves == shown(whole)
 
 
 @pytest.mark.parametrize("places", [["", "cpu", "HERE"], ["HERE", "", "cpu"], ["cpu", "HERE", ""]])
 def test_the_optimizers_moments_may_move_between_resumes(
-    places: list[str], model: Path, finished: Path, tmp_path: Path
+    places: list[str], model: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     for count, place in enumerate(places):
@@ -366,7 +349,7 @@ def test_the_optimizers_moments_may_move_between_resumes(
         stops = partial(on_call, Progress, "save", 1, dies, True) if count < 2 else None
         end = ended(command(model, run, *where, "--resume"), stops)
         assert end.code == (9 if stops else 0), end.text
-    assert differences(finished, run) == []
+    assert differences(whole, run) == []
 
 
 def test_an_sft_run_is_not_gone_on_with_by_grpo(model: Path, tmp_path: Path) -> None:

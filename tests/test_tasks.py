@@ -12,7 +12,7 @@ import pytest
 from rewards import correctness_reward_func, numeric_reward_func, parse_number
 from sft_core.arithmetic import GAINS, LARGEST_TOTAL, LOSSES, ArithmeticStream
 from sft_core.config import TaskConfig
-from sft_core.tasks import GSM8K, Example, Task, load_heldout, load_task, read_jsonl
+from sft_core.tasks import GSM8K, Example, Task, load_heldout, load_task, read_problems
 from tests.helpers import SHARED
 
 REAL_GSM8K = SHARED / "data" / "gsm8k"
@@ -173,7 +173,7 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str,
     lines[2] = ""  # blank lines count
     path = written(tmp_path, lines)
     with pytest.raises(ValueError) as caught:
-        read_jsonl(path)
+        read_problems(path)
     message = str(caught.value)
     assert f"{path}, line 17:" in message and complaint in message and "\n" not in message
 
@@ -182,19 +182,19 @@ def test_a_line_that_is_not_utf8_is_named_too(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes("\n".join(rows(16)).encode() + b'\n{"question": "caf\xe9", "answer": "#### 1"}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl, line 17: not JSON"):
-        read_jsonl(path)
+        read_problems(path)
 
 
 @pytest.mark.parametrize("lines", [[], ["", "   "]])
 def test_a_file_without_problems_is_an_error(tmp_path: Path, lines: list[str]) -> None:
     path = written(tmp_path, lines)
     with pytest.raises(ValueError, match=re.escape(f"{path}: holds no problems")):
-        read_jsonl(path)
+        read_problems(path)
 
 
 def test_blank_lines_windows_line_ends_and_further_columns_do_no_harm(tmp_path: Path) -> None:
     more = '{"question": "Wie viele Äpfel?", "answer": "#### 1,000", "source": [1, 2]}\r'
-    examples = read_jsonl(written(tmp_path, ["", *rows(2), "   ", more]))
+    examples = read_problems(written(tmp_path, ["", *rows(2), "   ", more]))
     assert [e.answer for e in examples] == ["0", "1", "1,000"]
     assert examples[2].question == "Wie viele Äpfel?"
     assert examples[0] == Example("What is 0?", "It is 0.\n#### 0", "0")
@@ -208,7 +208,7 @@ def test_held_out_rows_are_split_off_the_end_and_never_trained_on(
 ) -> None:
     path = written(tmp_path, rows(size))
     task = load_task(TaskConfig(task=str(path), eval_problems=eval_problems), seed=0)
-    examples = read_jsonl(path)
+    examples = read_problems(path)
     assert list(task.train) == examples[: size - held_out] and list(task.heldout) == examples[size - held_out :]
     assert task.size == size - held_out
 
@@ -286,7 +286,7 @@ def test_a_hub_row_without_an_answer_is_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not REAL_GSM8K.is_dir(), reason=f"no GSM8K files in {REAL_GSM8K} (GRPO_SHARED)")
 @pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])
 def test_the_real_gsm8k_files_are_read_and_every_gold_is_a_number(name: str, count: int) -> None:
-    examples = read_jsonl(REAL_GSM8K / f"{name}.jsonl")
+    examples = read_problems(REAL_GSM8K / f"{name}.jsonl")
     golds = [example.answer for example in examples]
     assert len(examples) == count
     assert all(parse_number(gold) is not None for gold in golds)

@@ -1,0 +1,33 @@
+"""Files of one JSON object a line: the logs, completions and answers that a run leaves behind.
+
+Here because every package reads such files, and this is the package that all others may import.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: Path, torn_end: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file, in their order; nothing where there is no file.
+
+    torn_end: the last line may be half a line, where a process was killed while it wrote; it is left out then.
+
+    Raises:
+        ValueError: a line is not a JSON object, with its number.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if torn_end and number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: is not JSON") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object")
+        records.append(record)
+    return records

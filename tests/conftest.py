@@ -1,0 +1,23 @@
+"""What several test files start from; made once, and copied by whoever changes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faulty import command, ended, save_start
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cheapest model with its tokenizer, in a folder."""
+    return save_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GRPO run that nobody disturbs."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert ended(command(model, run)).code == 0
+    return run
