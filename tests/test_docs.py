@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import pytest
 import sft_core.train
 from eval.__main__ import main as evaluate
 from sft_core.checkpoint import write_whole
+from tests.exercises import exercises
 from tests.faulty import SFT, command, ended
 from tests.helpers import PEFT_IS_BEHIND, adapted, tiny_policy
 from tests.pages import (
     DOCS,
     PAGES,
+    PROGRAMS,
     ROOT,
     anchors,
     corrected,
@@ -26,7 +30,6 @@ from tests.pages import (
     run_sessions,
     with_tables,
 )
-from tests.zoo import is_here
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 ANEW = "python -m tests.pages"
@@ -87,17 +90,37 @@ def test_every_link_leads_to_a_file_a_heading_or_a_name(page: Path) -> None:
             assert name in names(file.read_text(encoding="utf-8")), f"{name} is not in {path}"
 
 
+OWN_PAGES = [page for page in PAGES if page.name not in ("notes.md", "bug-zoo.md")]  # history, and patches
+OTHER_FLAGS = {"config", "preset", "gpu", "show", "list"}  # of the command line itself, benchmarks.plan, tests.zoo
+
+
+@pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page: Path) -> None:
+    known = {field.name for config in PROGRAMS for field in dataclasses.fields(config)} | OTHER_FLAGS
+    found = set(re.findall(r"(?<![-\w])--([a-z]\w*)", page.read_text(encoding="utf-8")))
+    assert found - known == set()
+
+
 @every_page
 def test_every_page_is_in_the_index_and_leads_on(page: Path) -> None:
     index = {target for _, target in links((DOCS / "README.md").read_text(encoding="utf-8"))}
     assert page.name == "README.md" or page.name in index
 
 
-def test_every_test_that_an_exercise_names_exists() -> None:
-    lines = (DOCS / "exercises.md").read_text(encoding="utf-8").splitlines()
-    tests = [word for line in lines if "python -m pytest" in line for word in line.split() if word.startswith("tests/")]
-    assert len(tests) >= 10
-    assert [test for test in tests if not (is_here(test) if "::" in test else (ROOT / test).is_file())] == []
+def test_every_exercise_names_its_tests_and_the_function_to_rewrite() -> None:
+    """`python -m tests.exercises` does them all."""
+    text = (DOCS / "exercises.md").read_text(encoding="utf-8")
+    found = exercises()
+    assert [exercise.number for exercise in found] == re.findall(r"^\*\*(\d+)\. (?!Five)", text, re.MULTILINE)
+    for exercise in found:
+        tests = [word for word in exercise.arguments if "/" in word]
+        assert tests and all((ROOT / test).is_file() for test in tests)
+    blanked = [exercise.blanked for exercise in found if exercise.blanked]
+    assert len(blanked) == len(re.findall(r"\bRewrite\b(?!\*)", text)) == 11
+    for bug in blanked:
+        source = (ROOT / bug.file).read_text(encoding="utf-8")
+        assert source.count(bug.old) == 1
+        compile(source.replace(bug.old, bug.new), bug.file, "exec")
 
 
 # --- metrics
