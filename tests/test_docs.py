@@ -13,7 +13,7 @@ import sft_core.train
 from eval.__main__ import main as evaluate
 from sft_core.checkpoint import write_whole
 from tests.exercises import exercises
-from tests.faulty import SFT, command, ended
+from tests.faulty import FORKS, SFT, command, ended
 from tests.helpers import PEFT_IS_BEHIND, adapted, tiny_policy
 from tests.pages import (
     DOCS,
@@ -30,6 +30,8 @@ from tests.pages import (
     run_sessions,
     with_tables,
 )
+
+pytestmark = FORKS
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 ANEW = "python -m tests.pages"
