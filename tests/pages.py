@@ -165,7 +165,8 @@ def settings() -> str:
         for field in dataclasses.fields(part):
             if field.name in inspect.get_annotations(part):
                 others = [_shown(values[field.name]) if field.name in values else "" for values in own.values()]
-                meaning = field.metadata["help"].replace("<", "&lt;")  # tags that are meant to be read
+                # Tags and bars that are meant to be read.
+                meaning = field.metadata["help"].replace("<", "&lt;").replace("|", "\\|")
                 rows.append([f"`--{field.name}`", _shown(_default(field)), *others, meaning])
         about = " ".join((part.__doc__ or "").split("\n\n")[0].split())
         title = f"### {part.__name__}: {', '.join(programs)}"
