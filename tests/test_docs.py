@@ -1,0 +1,255 @@
+"""The pages of docs/ say what the code does: sessions, quotations, names, links; tables of settings, fields, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import sft_core.train
+from eval.__main__ import main as evaluate
+from sft_core.checkpoint import write_whole
+from tests.exercises import exercises
+from tests.faulty import FORKS, SFT, command, ended
+from tests.helpers import PEFT_IS_BEHIND, adapted, tiny_policy
+from tests.pages import (
+    DOCS,
+    PAGES,
+    PROGRAMS,
+    ROOT,
+    anchors,
+    corrected,
+    first_column,
+    is_quoted,
+    links,
+    names,
+    quotations,
+    run_sessions,
+    with_tables,
+)
+
+pytestmark = FORKS
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+ANEW = "python -m tests.pages"
+
+
+@pytest.fixture(scope="module")
+def sft(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SFT run."""
+    run = tmp_path_factory.mktemp("sft") / "run"
+    assert ended(command(model, run, own=SFT), program=sft_core.train.main).code == 0
+    return run
+
+
+# --- what is executed or made
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "\n>>> " in page.read_text(encoding="utf-8")], ids=lambda page: page.name
+)
+def test_a_session_prints_what_its_page_says(page: Path) -> None:
+    assert run_sessions(page.read_text(encoding="utf-8"), page.name) == [], ANEW
+
+
+@every_page
+def test_a_table_on_file_is_the_one_that_the_code_makes(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert with_tables(text) == text, ANEW
+
+
+def test_the_pictures_are_drawn_and_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from docs.figures import draw
+
+    drawn = draw(tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in DOCS.glob("*.png")}
+    assert all((DOCS / path.name).stat().st_size < 60_000 for path in drawn)
+
+
+# --- what is pointed at
+
+
+@every_page
+def test_a_quotation_stands_in_its_file_word_for_word(page: Path) -> None:
+    for file, block in quotations(page.read_text(encoding="utf-8")):
+        assert is_quoted(block, (ROOT / file).read_text(encoding="utf-8")), f"{file} does not hold:\n{block}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_a_heading_or_a_name(page: Path) -> None:
+    for label, target in links(page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if heading:
+            assert heading in anchors(file.read_text(encoding="utf-8")), target
+        name = label.strip("`")
+        if label.startswith("`") and file.suffix == ".py" and not name.endswith(".py"):
+            assert name in names(file.read_text(encoding="utf-8")), f"{name} is not in {path}"
+
+
+OWN_PAGES = [page for page in PAGES if page.name not in ("notes.md", "bug-zoo.md")]  # history, and patches
+OTHER_FLAGS = {"config", "preset", "gpu", "show", "list"}  # of the command line itself, benchmarks.plan, tests.zoo
+
+
+@pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page: Path) -> None:
+    known = {field.name for config in PROGRAMS for field in dataclasses.fields(config)} | OTHER_FLAGS
+    found = set(re.findall(r"(?<![-\w])--([a-z]\w*)", page.read_text(encoding="utf-8")))
+    assert found - known == set()
+
+
+@every_page
+def test_every_page_is_in_the_index_and_leads_on(page: Path) -> None:
+    index = {target for _, target in links((DOCS / "README.md").read_text(encoding="utf-8"))}
+    assert page.name == "README.md" or page.name in index
+
+
+def test_every_exercise_names_its_tests_and_the_function_to_rewrite() -> None:
+    """`python -m tests.exercises` does them all."""
+    text = (DOCS / "exercises.md").read_text(encoding="utf-8")
+    found = exercises()
+    assert [exercise.number for exercise in found] == re.findall(r"^\*\*(\d+)\. (?!Five)", text, re.MULTILINE)
+    for exercise in found:
+        tests = [word for word in exercise.arguments if "/" in word]
+        assert tests and all((ROOT / test).is_file() for test in tests)
+    blanked = [exercise.blanked for exercise in found if exercise.blanked]
+    assert len(blanked) == len(re.findall(r"\bRewrite\b(?!\*)", text)) == 11
+    for bug in blanked:
+        source = (ROOT / bug.file).read_text(encoding="utf-8")
+        assert source.count(bug.old) == 1
+        compile(source.replace(bug.old, bug.new), bug.file, "exec")
+
+
+# --- metrics
+
+
+@pytest.fixture(scope="module")
+def asked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small evaluation."""
+    run = tmp_path_factory.mktemp("eval") / "run"
+    flags = ["--model", str(model), "--output_dir", str(run), "--system_prompt", "", "--prompt_format", "hash"]
+    flags += ["--task", "arithmetic", "--eval_problems", "2", "--max_prompt_tokens", "90"]
+    flags += ["--max_completion_tokens", "4", "--device", "cpu", "--no_progress"]
+    assert ended(flags, program=evaluate).code == 0
+    return run
+
+
+def logged(run: Path, kind: str) -> set[str]:
+    """Every field that is logged in lines of this kind; reward functions by the name NAME."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    fields = {field for line in lines if line["kind"] == kind for field in line}
+    return {field.split("/")[0] + "/NAME" if "/" in field else field for field in fields}
+
+
+def described(lines: str) -> list[str]:
+    """The fields in the tables of metrics.md whose headings begin like this, and in the one of every line."""
+    parts = (DOCS / "metrics.md").read_text(encoding="utf-8").split("\n## ")
+    return [name for part in parts if part.startswith((lines, "Every line")) for name in first_column(part)]
+
+
+def test_every_field_of_the_log_is_described_and_no_other(whole: Path, sft: Path, asked: Path) -> None:
+    assert sorted(described("GRPO, train")) == sorted(logged(whole, "train"))
+    assert sorted(described("GRPO, eval")) == sorted(logged(whole, "eval")) == sorted(logged(asked, "eval"))
+    assert sorted(described("SFT")) == sorted(logged(sft, "train") | logged(sft, "eval"))
+
+
+# --- files
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def sections(page: str) -> dict[str, list[str]]:
+    """The first columns of a page's tables, by heading; a further table under a heading is `heading 2`."""
+    found: dict[str, list[str]] = {}
+    for part in (DOCS / page).read_text(encoding="utf-8").split("\n## ")[1:]:
+        tables = part.split("\n| file |")[1:]
+        for number, table in enumerate(tables, 1):
+            title = part.splitlines()[0] + (f" {number}" if number > 1 else "")
+            found[title] = first_column("| file |" + table)
+    return found
+
+
+def test_every_file_of_a_run_is_described_and_no_other(whole: Path, sft: Path) -> None:
+    there = {name.rstrip("/") for name in sections("checkpoint.md")["The run folder"]}
+    assert {path.name for path in whole.iterdir()} == there
+    assert {path.name for path in sft.iterdir()} < there
+
+
+def test_every_file_of_a_final_model_and_of_a_checkpoint_is_described_and_no_other(whole: Path, sft: Path) -> None:
+    tables = sections("checkpoint.md")
+    final, checkpoint = set(tables["The final model"]), set(tables["A checkpoint"])
+    for run in (whole, sft):
+        assert files(run / "final") == final
+        assert files(max((run / "checkpoints").iterdir())) == final | checkpoint
+
+
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+def test_every_file_of_an_adapter_is_described_and_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    policy = adapted(tiny_policy())
+    policy.model.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    write_whole(tmp_path / "adapter", policy.save)
+    tables = sections("checkpoint.md")
+    replaced = {"model.safetensors", "config.json", "generation_config.json"}
+    assert files(tmp_path / "adapter") == (set(tables["The final model"]) - replaced) | set(tables["The final model 2"])
+
+
+# --- the tools themselves: what they must not overlook
+
+PAGE = """# A page
+
+```python
+>>> x = 1
+>>> x + 1
+3
+>>> for i in range(2):
+...     print(i)
+```
+
+Text, and further down the same namespace:
+
+```python
+>>> x
+1
+```
+
+```text
+>>> not_run
+```
+"""
+
+
+def test_a_session_that_prints_something_else_is_noticed_and_corrected() -> None:
+    wrong = run_sessions(PAGE, "page.md")
+    assert [(each.want, each.got) for each in wrong] == [("3\n", "2\n"), ("", "0\n1\n")]
+    right = corrected(PAGE, wrong)
+    assert right == PAGE.replace("\n3\n", "\n2\n").replace("print(i)\n", "print(i)\n0\n1\n")
+    assert run_sessions(right, "page.md") == []
+
+
+def test_a_session_that_raises_is_an_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_sessions("```python\n>>> 1 / 0\n```\n", "page.md")
+
+
+@pytest.mark.parametrize(("block", "there"), [("a = 1\nb = 2\n", True), ("b = 2\na = 1\n", False), ("a = 1\n", True)])
+def test_a_quotation_is_lines_in_a_row(block: str, there: bool) -> None:
+    assert is_quoted(block, "def f():\n    a = 1\n    b = 2\n") is there
+
+
+def test_names_links_and_anchors_are_found() -> None:
+    source = "A = 1\nclass B:\n    c: int = 0\n    def d(self): ...\ndef e():\n    def f(): ...\n"
+    assert names(source) == {"A", "B", "B.c", "B.d", "e", "f"}
+    assert links("[a](b.md#c) ![d](e.png) [f](https://g)\n```text\n[h](i)\n```\n") == [("a", "b.md#c"), ("d", "e.png")]
+    assert anchors("# What is `it`, here?\n```bash\n# no heading\n```\n") == {"what-is-it-here"}
+
+
+def test_the_first_column_is_read_and_no_other() -> None:
+    assert first_column("| `a`, `b` | `x` |\n| c | `x` |\n| `d` | x |\n") == ["a", "b", "d"]
