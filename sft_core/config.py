@@ -169,7 +169,7 @@ class OptimConfig:
 
 
 NEWEST = "newest"  # what --resume without a value means
-PASSING = ("output_dir", "resume", "overwrite")  # not part of what a run is, so not in its config.yaml
+PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a run is, so not in its config.yaml
 # What may differ when a run is gone on with: it moves no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
@@ -185,6 +185,7 @@ class FolderConfig:
 
     output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
     overwrite: bool = flag(False, "delete the run that is in --output_dir and begin anew")
+    dry_run: bool = flag(False, "load and check everything, say what would be done, and end; nothing is written")
     tensorboard: bool = flag(True, "write TensorBoard events")
     progress: bool = flag(True, "draw progress bars")
 

@@ -225,7 +225,7 @@ def test_another_value_is_refused_with_both(name: str, run: Path) -> None:
 
 
 def test_every_setting_that_moves_no_number_may_change(run: Path) -> None:
-    assert {*FREE, "output_dir", "resume", "overwrite"} == set(FREE_ON_RESUME)
+    assert {*FREE, "output_dir", "resume", "overwrite", "dry_run"} == set(FREE_ON_RESUME)
     config = parse_config(GRPOConfig, ["--resume", str(run), *(f"--{name}={value}" for name, value in FREE.items())])
     assert {name: str(getattr(config, name)) for name in FREE} == {**FREE, "reward_timeout": "9.0"}
 
