@@ -8,7 +8,7 @@ zero-shot/, sft/, sft-eval/, grpo/, grpo-eval/     a run folder each, as the sta
 summary.json                              the evaluations' figures by stage, which are printed side by side at the end
 
 Everything is checked before the first stage starts: tasks, prompts, rewards, budgets, with the start's configuration
-and tokenizer in the place of a model that an earlier stage has yet to write. What flags mean: grpo_core/stages.py.
+and tokenizer in the place of a model that an earlier stage has yet to write. What flags mean: grpo_core/stageflags.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from grpo_core.stages import SETTINGS, Settings, Stage, Weights, understood
 from grpo_core.train import reward_errors
 from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import not_saved, write_text, write_whole
-from sft_core.cli import run_ends, same_run, user_errors
+from sft_core.cli import read_yaml, run_ends, same_run, user_errors
 from sft_core.config import NEWEST, Refused
 from sft_core.dryrun import UNTOUCHED, sft_plan
 from sft_core.source import find_source
@@ -82,7 +82,8 @@ class Pipeline:
         if settings.overwrite:  # all of them: one that is begun anew must not be followed by an older one
             for stage in settings.stages:
                 shutil.rmtree(folder / stage.name, ignore_errors=True)
-        write_text(folder / SETTINGS, str(yaml.safe_dump(settings.as_values(), sort_keys=False)))
+        before = read_yaml(folder / SETTINGS) if settings.resume and (folder / SETTINGS).is_file() else {}
+        write_text(folder / SETTINGS, yaml.safe_dump({**before, **settings.as_values()}, sort_keys=False))
         start = folder / "start"
         if settings.start.model == str(start) and not start.is_dir():
             seed = settings.configs[settings.starter.name].seed
@@ -181,14 +182,8 @@ def _check_folder(settings: Settings) -> None:
         raise ValueError(f"--output_dir {folder}: expected a folder that is new or empty, or holds a pipeline")
     if file.is_file() and settings.resume:
         begun = understood(["--config", str(file), "--output_dir", str(folder), "--resume"], {})
-        then = {stage.name: stage for stage in begun.stages}
         for stage in settings.stages:
-            before = then.get(stage.name)
-            if before and before.origin != stage.origin:
-                raise ValueError(
-                    f"--mode {settings.mode}: in {folder}, {stage.name} started from another stage's model"
-                )
-            if before:
+            if stage in begun.stages:
                 same_run(settings.configs[stage.name], begun.configs[stage.name], folder / stage.name)
 
 

@@ -1,66 +1,22 @@
-"""From one command line to the settings of several stages.
-
-    --mode sft      SFT
-    --mode grpo     GRPO
-    --mode both     SFT, then GRPO from its result
-    --mode eval     an evaluation
-    --mode all      an evaluation, SFT, an evaluation, GRPO, an evaluation (without SFT where the preset has none)
-
-A flag of a stage's own program, as it is, goes to every stage that has it: --max_samples 100, --task FILE. With the
-stage's name before a dot it goes to that stage alone, and counts for more: --sft.lr 1e-4 --grpo.lr 1e-6
---eval.batch_size 64 --sft.config FILE. What stages mean differently (--lr, --epochs, --max_steps, --batch_size ...)
-is taken with a name only, where several of them have it. --config FILE holds the same as lines: `max_samples: 100`,
-`sft.lr: 1e-4`.
-
---model, --adapter_path, --lora, --from_scratch and --config_overrides are about the start, so they go to the first
-stage that trains; what follows takes its result. Where SFT trains a LoRA adapter, GRPO trains it further.
-
-preset < environment < --config < flags. `--help` of sft_core.train, grpo_core.train and eval lists the stages' flags.
-"""
+"""From one command line to the settings of several stages. What its flags mean: grpo_core/stageflags.py."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import eval.__main__
-import grpo_core.train
-import sft_core.train
-from eval.__main__ import EvalConfig
-from grpo_core.config import GRPOConfig
-from sft_core.cli import (
-    ENVIRONMENT,
-    Parser,
-    as_flags,
-    from_environment,
-    no_such_flag,
-    parse_config,
-    parser_of,
-    preset_names,
-    read_yaml,
-    say_environment,
-)
+from grpo_core.stageflags import CONFIGS, PRESETS, Given, given_in, own_parser, shared_out
+from sft_core.cli import as_flags, from_environment, parse_config, preset_names, read_yaml, say_environment
 from sft_core.config import NEWEST, PASSING
 from sft_core.runlog import fresh_folder
 from sft_core.source import find_source
-from sft_core.train import SFTConfig
 
-CONFIGS: dict[str, Any] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}
-PRESETS = {"sft": sft_core.train.PRESETS, "grpo": grpo_core.train.PRESETS, "eval": eval.__main__.PRESETS}
 SETTINGS = "pipeline.yaml"  # in the pipeline's folder: the resolved settings of all stages; --config takes it back
-MODES = ("sft", "grpo", "both", "eval", "all")
 
-START = ("model", "adapter_path", "lora", "from_scratch", "config_overrides")  # of the first stage that trains
-TAKEN_OVER = (
-    "model",
-    "adapter_path",
-    "from_scratch",
-    "config_overrides",
-)  # what a later stage gets from the one before
-DIFFERENT = ("lr", "lr_schedule", "warmup_ratio", "max_steps", "epochs", "batch_size")  # means another thing in each
+TAKEN_OVER = ("model", "adapter_path", "from_scratch", "config_overrides")  # by a stage from the one before it
 
 
 class Stage(NamedTuple):
@@ -102,49 +58,6 @@ def stages_of(mode: str, with_sft: bool = True) -> list[Stage]:
     return [first, Stage("sft", "sft", ""), Stage("sft-eval", "eval", "sft"), Stage("grpo", "grpo", "sft"), grpo]
 
 
-class Given(NamedTuple):
-    """A flag with its values, as it was typed or stood in a file."""
-
-    name: str  # "--sft.lr"
-    tokens: list[str]  # ["--sft.lr", "1e-4"]
-    typed: bool
-
-    @property
-    def kind(self) -> str:
-        """The stage before the dot; none: ''."""
-        return self.name.removeprefix("--").partition(".")[0] if "." in self.name else ""
-
-    @property
-    def plain(self) -> str:
-        """The stage's own flag."""
-        return f"--{self.name.removeprefix('--').partition('.')[2]}" if self.kind else self.name
-
-    @property
-    def built_in(self) -> bool:
-        """Whether it names the embedded job's model or task."""
-        return " ".join(self.for_stage()).replace("=", " ") in ("--model tiny", "--task arithmetic")
-
-    def for_stage(self) -> list[str]:
-        return [self.plain + self.tokens[0].removeprefix(self.name), *self.tokens[1:]]
-
-
-def given_in(tokens: Sequence[str], typed: bool) -> list[Given]:
-    """Tokens, each flag with what follows it.
-
-    >>> [given.tokens for given in given_in(["--rewards", "a", "b", "--sft.lr=1e-4"], True)]
-    [['--rewards', 'a', 'b'], ['--sft.lr=1e-4']]
-    """
-    found: list[Given] = []
-    for token in tokens:
-        if token.startswith("--"):
-            found.append(Given(token.split("=")[0], [token], typed))
-        elif found:
-            found[-1].tokens.append(token)
-        else:
-            raise ValueError(f"{token}: expected a flag; --help lists them")
-    return found
-
-
 @dataclass(frozen=True)
 class Settings:
     """A command line, understood. `configs`: by stage, checked one by one; no task and no model has been looked at but
@@ -158,6 +71,7 @@ class Settings:
     resume: bool
     overwrite: bool
     dry_run: bool
+    preset: str | None
     layers: str  # where the settings come from, for people
 
     @property
@@ -166,39 +80,15 @@ class Settings:
         return min(self.stages, key=lambda stage: stage.kind == "eval")
 
     def as_values(self) -> dict[str, Any]:
-        """What the settings file holds: the mode, and each stage's config but for what it takes over."""
-        values: dict[str, Any] = {"mode": self.mode}
+        """What the settings file holds: the mode, and each stage's config but for what it takes over. The preset still
+        says which stages there are."""
+        values: dict[str, Any] = {"mode": self.mode, "preset": self.preset}
         for stage in self.stages:
             left_out = PASSING if stage == self.starter else (*PASSING, *TAKEN_OVER)
             config = self.configs[stage.name]
             names = [field.name for field in fields(config) if field.name not in left_out]
             values |= {f"{stage.kind}.{name}": getattr(config, name) for name in names}
         return values
-
-
-def own_parser() -> Parser:
-    """Of the flags that are the pipeline's own."""
-    presets = sorted({name for folder in PRESETS.values() for name in preset_names(folder)})
-    parser = Parser(
-        [],
-        prog="python -m grpo_core.pipeline",
-        description=__doc__,
-        epilog=ENVIRONMENT,
-        allow_abbrev=False,
-        usage="%(prog)s --mode MODE [--preset NAME] [--output_dir FOLDER] [--resume] [--[STAGE.]flag value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--mode", choices=MODES, help="which stages; default: both")
-    add("--preset", choices=presets, help="named settings of all stages; default: tiny, unless --model, --task or "
-        "--config is given")  # fmt: skip
-    add("--config", type=Path, help="a YAML file of `flag: value` lines, such as a pipeline folder's pipeline.yaml")
-    add("--output_dir", "--output_path", help="the folder of all stages' run folders; default: a new one under runs/")
-    add("--resume", nargs="?", const=NEWEST, help="go on with the pipeline in --output_dir, or begin it where there is "
-        "none; finished stages are left as they are. --resume FOLDER: with that one, its settings from it")  # fmt: skip
-    add("--overwrite", action="store_true", help="delete the stages that are in --output_dir and begin anew")
-    add("--dry_run", action="store_true", help="load and check everything, say what each stage would do, and end")
-    return parser
 
 
 def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -225,13 +115,15 @@ def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     stages = stages_of(mode, with_sft="sft" in has)
     for kind in {stage.kind for stage in stages} - set(has):
         raise ValueError(f"--mode {mode}: the preset {preset} has no {kind} stage; it has {' and '.join(has)}")
+    if begun:
+        _same_origins(stages, stages_of(read_yaml(begun).get("mode", mode), with_sft="sft" in has), mode, folder)
     configs, start = _configs(stages, preset, rest, mode, folder)
     in_force = _in_force(outer, start, folder)
     say_environment(in_force)
     layers = [f"preset {preset}" if preset else "", "the environment" if in_force else "", str(file or "")]
     layers += [" ".join(given.name for given in stages_typed)]
     said = " < ".join(filter(None, ["defaults", *layers]))
-    return Settings(mode, stages, configs, start, folder, bool(own.resume), own.overwrite, own.dry_run, said)
+    return Settings(mode, stages, configs, start, folder, bool(own.resume), own.overwrite, own.dry_run, preset, said)
 
 
 def _parted(given: Sequence[Given], names: set[str]) -> tuple[list[Given], list[Given]]:
@@ -258,6 +150,16 @@ def _folder(own: argparse.Namespace, outer: Mapping[str, str]) -> Path:
     return Path(folder or outer.get("output_dir") or fresh_folder("pipeline"))
 
 
+def _same_origins(stages: Sequence[Stage], begun: Sequence[Stage], mode: str, folder: Path) -> None:
+    then = {stage.name: stage.origin for stage in begun}
+    for stage in stages:
+        if then.get(stage.name, stage.origin) != stage.origin:
+            starts = [f"from {origin}" if origin else "with --model" for origin in (then[stage.name], stage.origin)]
+            raise ValueError(
+                f"--mode {mode}: the {stage.name} of the pipeline in {folder} starts {starts[0]}, not {starts[1]}"
+            )
+
+
 def _in_force(outer: Mapping[str, str], start: Weights, folder: Path) -> dict[str, str]:
     """What the environment has set and nothing has overridden."""
     now = {"model": start.model, "output_dir": str(folder)}
@@ -273,7 +175,7 @@ def _configs(
     for given in rest:
         if given.kind in kinds[1:] and given.plain.removeprefix("--") in TAKEN_OVER:
             raise ValueError(f"{given.name}: with --mode {mode} this stage takes the model of an earlier one")
-    tokens = _shared_out(rest, kinds, mode)
+    tokens = shared_out(rest, kinds, mode)
     configs: dict[str, Any] = {}
     left: dict[str, Weights] = {}  # by a stage, in its run folder
     for stage in order:
@@ -296,42 +198,3 @@ def _start(config: Any, folder: Path, several: bool) -> Weights:
         raise ValueError("--lora: expected a model whose weights are kept; those of --from_scratch are in no file")
     source = find_source(config)
     return Weights(source.base, source.adapter)
-
-
-def _shared_out(rest: Sequence[Given], kinds: Sequence[str], mode: str) -> dict[str, list[str]]:
-    """Each kind's own tokens: a layer's plain flags, then the kind's own, layer by layer."""
-    flags = {kind: _flags_of(kind) for kind in CONFIGS}
-    tokens: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for given in sorted(rest, key=lambda given: (given.typed, bool(given.kind))):
-        if given.kind:
-            if given.kind not in CONFIGS or given.plain not in flags[given.kind]:
-                no_such_flag(given.name, [f"--{kind}.{flag[2:]}" for kind in CONFIGS for flag in flags[kind]])
-            if given.kind in tokens:
-                tokens[given.kind] += given.for_stage()
-            elif given.typed:
-                raise ValueError(f"{given.name}: --mode {mode} has no {given.kind} stage")
-            continue
-        having = [kind for kind in CONFIGS if given.plain in flags[kind] and given.plain != "--config"]
-        if not having:
-            no_such_flag(given.name, _every(flags.values()))
-        here, name = [kind for kind in kinds if kind in having], given.plain.removeprefix("--").removeprefix("no_")
-        if not here and given.typed:
-            raise ValueError(f"{given.name}: no stage of --mode {mode} has it; {' and '.join(having)} would")
-        if name in DIFFERENT and len(here) > 1:
-            choice = " or ".join(f"--{kind}.{given.plain[2:]}" for kind in here)
-            raise ValueError(f"{given.name}: {' and '.join(here)} each have their own; expected {choice}")
-        here = here[:1] if name in START else [kind for kind in here if kind != "eval" or name != "use_4bit"]
-        for kind in here:
-            tokens[kind] += given.for_stage()
-    return tokens
-
-
-def _flags_of(kind: str) -> list[str]:
-    """The flags that a stage takes; the pipeline sees to its folder."""
-    passing = {f"--{prefix}{name}" for name in PASSING for prefix in ("", "no_")}
-    return [flag for flag in parser_of(CONFIGS[kind]).flags if flag not in passing and flag != "--help"]
-
-
-def _every(groups: Iterable[Iterable[str]]) -> list[str]:
-    known = [option for option in own_parser().flags if option != "--help"]
-    return [*known, *dict.fromkeys(flag for group in groups for flag in group)]

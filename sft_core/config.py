@@ -14,11 +14,12 @@ import yaml
 from sft_core.precision import pick_device
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field whose help text is the flag's."""
+def flag(default: Any, help: str, *aliases: str) -> Any:
+    """A dataclass field whose help text is the flag's; `aliases`: further spellings, such as --output_path."""
+    metadata = {"help": help, "aliases": aliases}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ FREE_ON_RESUME = (
 class FolderConfig:
     """Where a program leaves what it writes."""
 
-    output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
+    output_dir: str = flag(
+        "", "the run folder; default: a new one under runs/, named by kind and time", "--output_path"
+    )
     overwrite: bool = flag(False, "delete the run that is in --output_dir and begin anew")
     dry_run: bool = flag(False, "load and check everything, say what would be done, and end; nothing is written")
     tensorboard: bool = flag(True, "write TensorBoard events")
