@@ -1,8 +1,13 @@
-"""Evaluate a model or adapter on a task's held-out problems. `python -m eval --model MODEL --task TASK`"""
+"""Evaluate a model or adapter on a task's held-out problems. `python -m eval --model MODEL --task TASK`
+
+Greedy answers, and with --samples several drawn ones of each problem for pass@k and maj@k. `python -m eval.compare`
+compares what two evaluations leave behind.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.dryrun import eval_plan
-from eval.evaluate import evaluate, summary_table
+from eval.evaluate import Evaluation, evaluate
+from eval.report import aligned, markdown, method, summary_cells
+from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import FolderConfig, ModelConfig, Refused, TaskConfig, flag, require
 from sft_core.dryrun import UNTOUCHED
@@ -26,9 +33,12 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclass(frozen=True)
 class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
-    """Greedy evaluation."""
+    """Greedy evaluation, and samples beside it where they are asked for."""
 
-    batch_size: int = flag(32, "problems asked at once")
+    batch_size: int = flag(32, "completions drawn at once")
+    samples: int = flag(0, "samples of each problem beside the greedy answer, for pass@k and maj@k; 0: none")
+    temperature: float = flag(1.0, "at which they are drawn (1: GRPO's own default)")
+    seed: int = flag(42, "of the samples")
     max_completion_tokens: int = flag(256, "completion budget; a completion that reaches it counts as truncated")
     tensorboard: bool = flag(False, "write TensorBoard events")
 
@@ -37,6 +47,11 @@ class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
             part.check(self)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        require(
+            self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is there already"
+        )
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
         require(
             self.task != "arithmetic" or self.eval_problems > 0,
@@ -59,16 +74,35 @@ class EvalJob:
         return self.ask(load_policy(self.config, self.source))
 
     def ask(self, policy: Policy) -> Path:
-        """Print the summary, write `answers.jsonl` and the summary to the run folder."""
+        """Print the summary, write it and `answers.jsonl` to the run folder."""
         config = self.config
         with closing(RunFolder(config, "eval")) as folder:
             result = evaluate(
-                policy, self.heldout, config, config.max_completion_tokens, config.batch_size, config.progress
+                policy,
+                self.heldout,
+                config,
+                config.max_completion_tokens,
+                config.batch_size,
+                config.progress,
+                config.samples,
+                config.temperature,
+                config.seed,
             )
             append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
-            folder.log("eval", 0, result.summary())
-        print(summary_table({config.model: result.summary()}))
+            self.report(result, folder)
         return folder.path
+
+    def report(self, result: Evaluation, folder: RunFolder) -> None:
+        """The summary: in the log, as summary.json, as a table in summary.md and in the terminal."""
+        config, summary = self.config, result.summary()
+        cells = summary_cells({config.adapter_path or config.model: summary})
+        how = f"Task {config.task}, {config.prompt_format} format, at most {config.max_completion_tokens} tokens"
+        if config.samples:
+            how += f"; {config.samples} samples a problem at temperature {config.temperature:g}, seed {config.seed}"
+        folder.log("eval", 0, summary)
+        write_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder.path / "summary.md", f"# Evaluation\n\n{markdown(cells)}\n\n{how}. {method([summary])}\n")
+        print(f"{aligned(cells)}\n\n{how}.\n{method([summary])}")
 
 
 def prepare(config: EvalConfig) -> EvalJob:

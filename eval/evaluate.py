@@ -1,17 +1,23 @@
-"""Greedy accuracy on held-out problems, strict and lenient, with the figures needed to understand it."""
+"""Accuracy on held-out problems, strict and lenient, greedy and of several samples, with what is needed to understand
+it."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from eval.sampling import Sampling, sample
+from eval.statistics import maj_at_k, mean_interval, pass_at_k, sizes, votes, wilson_interval
 from rewards import last_number, same_number
+from rewards.jsonl import read_jsonl
+from sft_core.checkpoint import random_state, set_random_state
 from sft_core.config import TaskConfig
 from sft_core.policy import Policy
 from sft_core.prompts import FORMATS, encode_prompt, prompt_messages
@@ -19,17 +25,67 @@ from sft_core.tasks import Example
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One problem and what the policy made of it."""
+class Reply:
+    """A response to a problem, and what it is worth."""
 
-    question: str
-    expected: str
     response: str
     extracted: str | None  # by the prompt format's own rule; None or '' where the format was not kept
     strict: bool  # the extracted answer equals the expected one
     lenient: bool  # the last number anywhere in the response does
     tokens: int
     truncated: bool
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One problem and what the policy made of it: the greedy response, and the samples where some were drawn."""
+
+    question: str
+    expected: str
+    response: str
+    extracted: str | None
+    strict: bool
+    lenient: bool
+    tokens: int
+    truncated: bool
+    steps: int | None = None  # of the gold's worked solution; None: a record from before they were counted
+    samples: list[Reply] = field(default_factory=list)
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> Answered:
+        """A record, read back.
+
+        Raises:
+            ValueError: a field is missing.
+        """
+        answer: Answered = _read(Answered, row)
+        return replace(answer, samples=[_read(Reply, reply) for reply in answer.samples])
+
+
+def _read(kind: Any, row: Any) -> Any:
+    """The fields that this version knows; one without a default must be there."""
+    for f in fields(kind):
+        needed = f.default is MISSING and f.default_factory is MISSING
+        if needed and f.name not in row:
+            raise ValueError(f"expected an answer of an evaluation; there is no {f.name!r} in it")
+    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row})
+
+
+def read_answers(path: Path) -> list[Answered]:
+    """The records of an evaluation.
+
+    Raises:
+        ValueError: there is none, or a line is not such a record, with its number.
+    """
+    answers = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        try:
+            answers.append(Answered.of(row))
+        except (ValueError, TypeError) as error:  # the latter: of samples that are none
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not answers:
+        raise ValueError(f"{path}: holds no answers")
+    return answers
 
 
 @dataclass(frozen=True)
@@ -40,22 +96,52 @@ class Evaluation:
     seconds: float
 
     def summary(self) -> dict[str, float]:
-        n = len(self.answers)
-        correct = sum(a.strict for a in self.answers)
-        low, high = wilson_interval(correct, n)
+        """Shares are of the greedy answers. `..._low` and `..._high` are 95% intervals: Wilson's for shares of
+        problems, `mean_interval` for pass@k and maj@k."""
+        answers, n = self.answers, len(self.answers)
         return {
             "problems": n,
-            "accuracy": correct / n,
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "lenient_accuracy": sum(a.lenient for a in self.answers) / n,
-            "format_rate": sum(bool(a.extracted) for a in self.answers) / n,
-            "mean_length": sum(a.tokens for a in self.answers) / n,
-            "max_length": max(a.tokens for a in self.answers),
-            "truncated_share": sum(a.truncated for a in self.answers) / n,
-            "worked_share": sum(is_worked(a.response) for a in self.answers) / n,
+            **_share("accuracy", [a.strict for a in answers]),
+            **_share("lenient_accuracy", [a.lenient for a in answers]),
+            "format_rate": sum(bool(a.extracted) for a in answers) / n,
+            "mean_length": sum(a.tokens for a in answers) / n,
+            "max_length": max(a.tokens for a in answers),
+            "truncated_share": sum(a.truncated for a in answers) / n,
+            "worked_share": sum(is_worked(a.response) for a in answers) / n,
             "seconds": self.seconds,
+            **_of_samples(answers),
+            **_by_steps(answers),
         }
+
+
+def _share(name: str, right: Sequence[bool]) -> dict[str, float]:
+    low, high = wilson_interval(sum(right), len(right))
+    return {name: sum(right) / len(right), f"{name}_low": low, f"{name}_high": high}
+
+
+def _of_samples(answers: Sequence[Answered]) -> dict[str, float]:
+    """pass@k and maj@k by the strict rule, for the k of `sizes`; nothing where no samples were drawn."""
+    n = min(len(answer.samples) for answer in answers)
+    figures: dict[str, float] = {"samples": n} if n else {}
+    counts = [
+        (len(a.samples), sum(s.strict for s in a.samples), votes(s.extracted for s in a.samples if not s.strict))
+        for a in answers
+    ]
+    for k in sizes(n):
+        passed = [pass_at_k(drawn, right, k) for drawn, right, _ in counts]
+        won = [maj_at_k(drawn, right, wrong, k) for drawn, right, wrong in counts]
+        for name, values in ((f"pass_at_{k}", passed), (f"maj_at_{k}", won)):
+            low, high = mean_interval(values)
+            figures |= {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
+    return figures
+
+
+def _by_steps(answers: Sequence[Answered]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for steps in sorted({a.steps for a in answers if a.steps}):
+        right = [a.strict for a in answers if a.steps == steps]
+        figures |= {f"steps/{steps}/problems": len(right), **_share(f"steps/{steps}/accuracy", right)}
+    return figures
 
 
 def is_worked(response: str) -> bool:
@@ -67,19 +153,17 @@ def is_worked(response: str) -> bool:
     return "=" in response
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): unlike the normal one it stays within 0..1 and is not empty at 0 or n.
+def solution_steps(solution: str) -> int:
+    """The steps of a worked solution: its calculations, which GSM8K marks with `<<...>>`, or where nothing is marked
+    its lines before the final answer. 0: it only states the answer.
 
-    >>> [round(bound, 4) for bound in wilson_interval(0, 10)]
-    [0.0, 0.2775]
-    >>> [round(bound, 4) for bound in wilson_interval(50, 100)]
-    [0.4038, 0.5962]
+    >>> solution_steps("3+5=<<3+5=8>>8, and 8-1=<<8-1=7>>7\\n#### 7"), solution_steps("Add.\\nTake one.\\n#### 7")
+    (2, 2)
+    >>> solution_steps("#### 7")
+    0
     """
-    z = 1.959963984540054
-    share = successes / n
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
+    working = solution.partition("####")[0]
+    return working.count("<<") or sum(bool(line.strip()) for line in working.splitlines())
 
 
 def evaluate(
@@ -89,58 +173,66 @@ def evaluate(
     max_completion_tokens: int,
     batch_size: int,
     progress: bool = False,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> Evaluation:
-    """Ask every problem once, greedily. Problems of like length share a batch; answers come back in the given order."""
-    fmt = FORMATS[task.prompt_format]
-    sampling = Sampling(max_completion_tokens, temperature=0)
+    """Ask every problem once, greedily, and draw so many samples of each beside it. Answers come back in the given
+    order.
+
+    Problems of like length share a batch of `batch_size` rows, and the samples of a problem stand side by side, so that
+    its prompt is encoded once. The samples depend on `seed` and the batch size alone, and the random state of whoever
+    asks, as of training, is afterwards what it was.
+    """
     prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, task)) for example in examples]
     # Longest first: memory runs out at once or never.
     by_length = sorted(range(len(examples)), key=lambda i: len(prompts[i]), reverse=True)
-    answers: dict[int, Answered] = {}
+    replies: dict[int, list[Reply]] = {i: [] for i in by_length}
     start = time.perf_counter()
-    with tqdm(total=len(examples), desc="evaluate", unit="problem", disable=not progress, leave=False) as bar:
-        for first in range(0, len(examples), batch_size):
-            batch = by_length[first : first + batch_size]
-            samples = sample(policy, [prompts[i] for i in batch], sampling)
-            lengths, truncated = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
-            for place, i in enumerate(batch):
-                answers[i] = _mark(
-                    examples[i],
-                    samples.texts[place],
-                    fmt.extract(samples.texts[place]),
-                    lengths[place],
-                    truncated[place],
-                )
-            bar.update(len(batch))
-            bar.set_postfix(accuracy=f"{sum(a.strict for a in answers.values()) / len(answers):.1%}")
-    return Evaluation([answers[i] for i in range(len(examples))], time.perf_counter() - start)
+    with tqdm(
+        total=len(examples) * (1 + samples), desc="evaluate", unit="answer", disable=not progress, leave=False
+    ) as bar:
+
+        def ask(rows: list[int], sampling: Sampling) -> None:
+            for first in range(0, len(rows), batch_size):
+                batch = rows[first : first + batch_size]
+                drawn = sample(policy, [prompts[i] for i in batch], sampling)
+                lengths, truncated = drawn.rows.completion_len_N.tolist(), drawn.truncated_N.tolist()
+                for i, text, tokens, cut in zip(batch, drawn.texts, lengths, truncated, strict=True):
+                    replies[i].append(_mark(text, examples[i].answer, task, tokens, cut))
+                bar.update(len(batch))
+                bar.set_postfix(accuracy=f"{sum(r[0].strict for r in replies.values() if r) / len(examples):.1%}")
+
+        ask(by_length, Sampling(max_completion_tokens, temperature=0))
+        if samples:
+            with _own_randomness(seed):
+                ask([i for i in by_length for _ in range(samples)], Sampling(max_completion_tokens, temperature))
+    answers = []
+    for i, example in enumerate(examples):
+        greedy, *drawn = replies[i]
+        steps = solution_steps(example.solution)
+        answers.append(Answered(example.question, example.answer, **vars(greedy), steps=steps, samples=drawn))
+    return Evaluation(answers, time.perf_counter() - start)
 
 
-def _mark(example: Example, text: str, extracted: str | None, tokens: int, truncated: bool) -> Answered:
-    number = last_number(text)
-    return Answered(
-        question=example.question,
-        expected=example.answer,
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """A block whose draws follow from the seed, and move nobody else's."""
+    before = random_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def _mark(text: str, expected: str, task: TaskConfig, tokens: int, truncated: bool) -> Reply:
+    extracted, number = FORMATS[task.prompt_format].extract(text), last_number(text)
+    return Reply(
         response=text,
         extracted=extracted,
-        strict=bool(extracted) and same_number(extracted or "", example.answer),
-        lenient=number is not None and same_number(number, example.answer),
+        strict=bool(extracted) and same_number(extracted or "", expected),
+        lenient=number is not None and same_number(number, expected),
         tokens=tokens,
         truncated=truncated,
     )
-
-
-def summary_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Summaries side by side, one column each, as aligned text."""
-    rows = {
-        "accuracy": lambda s: f"{s['accuracy']:.1%} [{s['accuracy_low']:.1%}, {s['accuracy_high']:.1%}]",
-        "lenient accuracy": lambda s: f"{s['lenient_accuracy']:.1%}",
-        "format kept": lambda s: f"{s['format_rate']:.1%}",
-        "worked answers": lambda s: f"{s['worked_share']:.1%}",
-        "mean length": lambda s: f"{s['mean_length']:.1f} tokens",
-        "truncated": lambda s: f"{s['truncated_share']:.1%}",
-        "problems": lambda s: f"{s['problems']}",
-    }
-    cells = [["", *columns]] + [[name, *(show(s) for s in columns.values())] for name, show in rows.items()]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)

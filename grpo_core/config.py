@@ -155,7 +155,10 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
         "optimizer steps on each batch of samples (1: DeepSeekMath, TRL). At 1 the ratio is 1: nothing is ever clipped",
     )
     shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
-    eval_batch_size: int = flag(64, "held-out problems asked at once")
+    eval_batch_size: int = flag(64, "completions of held-out problems drawn at once")
+    eval_samples: int = flag(
+        0, "samples of each held-out problem beside the greedy answer, at --temperature, for pass@k and maj@k; 0: none"
+    )
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
 
     @property
@@ -178,7 +181,7 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
         )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
-        for name in ("top_k", "dynamic_sampling", "show_every"):
+        for name in ("top_k", "dynamic_sampling", "show_every", "eval_samples"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.reward_timeout <= 1e6, "reward_timeout", self.reward_timeout, "0 to 1e6; 0: no limit")
         require(

@@ -5,7 +5,7 @@ All stages leave their run folders in one folder:
 pipeline.yaml                             the settings of all stages; --config takes it back
 start/                                    the built-in model, untrained, where the pipeline starts from it
 zero-shot/, sft/, sft-eval/, grpo/, grpo-eval/     a run folder each, as the stage's own program leaves it
-summary.json                              the evaluations' figures by stage, which are printed side by side at the end
+summary.json, summary.md                  the evaluations' figures by stage, side by side as they are printed at the end
 
 Everything is checked before the first stage starts: tasks, prompts, rewards, budgets, with the start's configuration
 and tokenizer in the place of a model that an earlier stage has yet to write. What flags mean: grpo_core/stageflags.py.
@@ -31,8 +31,10 @@ import yaml
 import eval.__main__
 import grpo_core.train
 import sft_core.train
+from eval.compare import paired, verdict
 from eval.dryrun import eval_plan
-from eval.evaluate import summary_table
+from eval.evaluate import read_answers
+from eval.report import aligned, markdown, method, summary_cells
 from grpo_core.dryrun import grpo_plan
 from grpo_core.stages import SETTINGS, Settings, Stage, Weights, understood
 from grpo_core.train import reward_errors
@@ -73,7 +75,8 @@ class Pipeline:
             gc.collect()  # the stage's model, before the next one comes
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        self._compare()
+        with user_errors():
+            self._compare()
 
     def _begin(self) -> None:
         settings, folder = self.settings, self.settings.folder
@@ -100,14 +103,26 @@ class Pipeline:
             run.finish()
 
     def _compare(self) -> None:
-        """Print the evaluations side by side, and keep their figures."""
+        """Print the evaluations side by side, and keep their figures.
+
+        Raises:
+            ValueError: somebody has damaged the answers of one.
+        """
         settings = self.settings
         figures = {s.name: figures_of(settings.folder / s.name) for s in settings.stages if s.kind == "eval"}
         found = {name: values for name, values in figures.items() if values}
         if found:
+            cells, how = summary_cells(found), "\n".join([method(list(found.values())), "", *self._gains(list(found))])
             write_text(settings.folder / "summary.json", json.dumps(found, indent=2) + "\n")
-            print(f"\nHeld-out problems, 95% intervals:\n\n{summary_table(found)}")
+            write_text(settings.folder / "summary.md", f"# {settings.folder.name}\n\n{markdown(cells)}\n\n{how}\n")
+            print(f"\nHeld-out problems:\n\n{aligned(cells)}\n\n{how}")
         print(f"\nall stages are finished: {settings.folder}")
+
+    def _gains(self, names: Sequence[str]) -> Iterator[str]:
+        """Each evaluation beside the one before it, problem by problem."""
+        answers = {name: read_answers(self.settings.folder / name / "answers.jsonl") for name in names}
+        for before, after in zip(names, names[1:], strict=False):
+            yield f"- {before} to {after}: {verdict(paired(answers[before], answers[after]))}"
 
     def plan(self) -> Iterator[str]:
         """What each stage would do; the weights of a stage that is to come are the start's, or new ones like them."""

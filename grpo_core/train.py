@@ -16,7 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval.evaluate import Answered, Evaluation, evaluate, summary_table
+from eval.compare import paired, verdict
+from eval.evaluate import Evaluation, evaluate, read_answers
+from eval.report import indented, side_by_side, summary_table
+from eval.statistics import sizes
 from grpo_core.config import GRPOConfig
 from grpo_core.dryrun import grpo_plan
 from grpo_core.memory import forecast
@@ -26,7 +29,6 @@ from grpo_core.rollout import REWARD_COLUMNS
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
-from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import Refused
@@ -143,6 +145,7 @@ class GRPORun:
             if before and after:
                 print(comparison(before, after))
                 summaries = {"before": before.summary(), "after": after.summary()}
+                summaries["paired"] = paired(before.answers, after.answers).summary()
                 write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
             final = folder.save_final(self.learner.policy)
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
@@ -186,8 +189,8 @@ class GRPORun:
             self.held_out(step)
 
     def held_out(self, step: int) -> Evaluation | None:
-        """Greedy accuracy on the task's held-out problems, logged and shown, or taken from the log; None where the task
-        has none."""
+        """Accuracy on the task's held-out problems, logged and shown, or taken from the log; None where the task has
+        none. It moves no random state of the training's."""
         task, config, folder = self.job.task, self.job.config, self.folder
         if not task.heldout:
             return None
@@ -202,13 +205,21 @@ class GRPORun:
             config.max_completion_tokens,
             config.eval_batch_size,
             config.progress,
+            config.eval_samples,
+            config.temperature,
+            config.seed,
         )
         summary = result.summary()
         folder.save_answers(step, map(asdict, result.answers))
         folder.log("eval", step, summary)
+        sampled = [
+            f", {kind}@{k} {summary[f'{kind}_at_{k}']:.1%}"
+            for k in sizes(config.eval_samples)[-1:]
+            for kind in ("pass", "maj")
+        ]
         tqdm.write(
             f"step {step:4}: held-out accuracy {summary['accuracy']:6.1%}, worked answers "
-            f"{summary['worked_share']:6.1%}, mean length {summary['mean_length']:.1f} tokens"
+            f"{summary['worked_share']:6.1%}, mean length {summary['mean_length']:.1f} tokens{''.join(sampled)}"
         )
         return result
 
@@ -217,8 +228,8 @@ def answered(folder: RunFolder, step: int) -> Evaluation | None:
     """An evaluation that the run folder holds; None where somebody has deleted or damaged its answers."""
     record, path = folder.evaluations[step], folder.answers_path(step)
     try:
-        answers = [Answered(**row) for row in read_jsonl(path)]
-    except (ValueError, TypeError):
+        answers = read_answers(path)
+    except ValueError:
         answers = []
     if len(answers) != record["problems"]:
         print(f"no comparison with step {step}: {path} is damaged or gone", file=sys.stderr)
@@ -260,10 +271,6 @@ def shown(completion: dict[str, Any]) -> str:
     )
 
 
-def indented(text: str) -> str:
-    return text.strip().replace("\n", "\n" + " " * 11)
-
-
 def comparison(before: Evaluation, after: Evaluation) -> str:
     """The table of before and after, and three problems answered by both: those that changed for the better first."""
     first, last = before.summary(), after.summary()
@@ -275,17 +282,11 @@ def comparison(before: Evaluation, after: Evaluation) -> str:
         "",
         summary_table({"before": first, "after": last}),
         "",
-        f"accuracy gain: {100 * (last['accuracy'] - first['accuracy']):+.1f} points",
+        f"accuracy gain: {verdict(paired(before.answers, after.answers))}",
         "",
     ]
     for old, new in pairs[:3]:
-        lines += [
-            f"Question:  {old.question}",
-            f"Expected:  {old.expected}",
-            f"Before:    {indented(old.response)}",
-            f"After:     {indented(new.response)}",
-            "",
-        ]
+        lines += [side_by_side(old, new, ("Before", "After")), ""]
     return "\n".join(lines)
 
 

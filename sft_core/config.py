@@ -176,6 +176,7 @@ FREE_ON_RESUME = (
     *PASSING,
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "progress", "show_every"),
     *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
+    "eval_samples",
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses
 )
 

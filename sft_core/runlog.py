@@ -4,7 +4,9 @@ config.yaml         the resolved config; --config takes it back
 provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
-heldout/            step-000000.jsonl, ...: every answer of an evaluation
+heldout/            step-000000.jsonl, ...: every answer of an evaluation while training
+answers.jsonl       every answer of `python -m eval`
+summary.json        what was measured, at the end; of `python -m eval` as a table, too: summary.md
 tensorboard/        the same scalars as log.jsonl
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
 final/              the final model or adapter; written last, so a folder that has it is finished
@@ -47,7 +49,7 @@ from sft_core.provenance import provenance
 transformers.logging.disable_progress_bar()
 
 LOGS = ("log.jsonl", "completions.jsonl", "answers.jsonl")
-OTHERS = ("summary.json", "heldout", "tensorboard", "final", "base")
+OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "final", "base")
 
 
 class RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import eval.__main__
 import eval.evaluate
 import sft_core.train
-from eval.evaluate import Evaluation, evaluate, summary_table, wilson_interval
+from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
+from eval.report import markdown, summary_cells, summary_table
 from eval.sampling import Samples, Sampling
+from eval.statistics import wilson_interval
 from rewards import correctness_reward_func, numeric_reward_func
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
@@ -107,6 +110,45 @@ def test_a_completion_that_the_budget_ended_is_truncated_and_counted_whole(monke
     assert not ended.truncated and ended.tokens == len(tiny_policy().tokenizer("#### 7")["input_ids"]) + 1
 
 
+# --- records
+
+
+def reply(extracted: str | None) -> Reply:
+    return Reply(f"#### {extracted}", extracted, extracted == "7", extracted == "7", 3, False)
+
+
+def answer(strict: bool, **more: Any) -> Answered:
+    text = "7" if strict else "8"
+    return Answered("How many?", "7", f"#### {text}", text, strict, strict, tokens=3, truncated=False, **more)
+
+
+def test_records_are_read_back_as_they_were_and_those_of_older_versions_too(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    answers = [answer(True, steps=2, samples=[reply("7"), reply(None)]), answer(False)]
+    old = asdict(answers[1])
+    del old["steps"], old["samples"]  # as they were written before there were any
+    path.write_text("".join(json.dumps(row) + "\n" for row in [asdict(answers[0]), old, {**old, "later": 1}]))
+    assert read_answers(path) == [*answers, answers[1]]
+    assert "samples" not in Evaluation(answers, 1.0).summary()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"question": "?"}, "there is no 'expected' in it"),
+        ({**asdict(answer(True)), "samples": [{}]}, "there is no 'response' in it"),
+        ({**asdict(answer(True)), "samples": 4}, "not iterable"),
+    ],
+)
+def test_what_is_no_record_of_an_answer_is_refused_with_its_line(
+    line: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(asdict(answer(True))) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=rf"answers.jsonl, line 2: .*{message}"):
+        read_answers(path)
+
+
 # --- asking
 
 
@@ -137,14 +179,69 @@ def test_the_batch_size_does_not_change_a_real_policys_answers() -> None:
     assert len({answer.response for answer in one.answers}) > 1
 
 
+# --- sampling
+
+
+def problems(count: int) -> list[Example]:
+    stream = ArithmeticStream("heldout", seed=0, difficulty=3)
+    return [as_example(stream[i], "") for i in range(count)]
+
+
+def test_samples_are_drawn_beside_the_greedy_answer_with_the_prompts_of_a_problem_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stub = asked(monkeypatch, {"a": "#### 7", "bb": "#### 8"})
+    examples = [Example(question, "#### 7", "7") for question in ("a", "bb")]
+    result = evaluate(tiny_policy(), examples, HASH, 20, batch_size=4, samples=3, temperature=0.7)
+    assert stub.samplings == [Sampling(20, temperature=0), Sampling(20, 0.7), Sampling(20, 0.7)]
+    greedy, *drawn = stub.batches
+    rows = [tuple(row) for batch in drawn for row in batch]
+    assert [len(batch) for batch in drawn] == [4, 2]
+    assert rows[:3] == [tuple(greedy[0])] * 3 and rows[3:] == [tuple(greedy[1])] * 3
+    assert [[sample.extracted for sample in answer.samples] for answer in result.answers] == [["7"] * 3, ["8"] * 3]
+    summary = result.summary()
+    assert (summary["samples"], summary["pass_at_3"], summary["maj_at_3"]) == (3, 0.5, 0.5)
+
+
+def test_samples_follow_from_their_seed_and_leave_every_random_state_as_it_was() -> None:
+    policy, examples = tiny_policy(), problems(5)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    results = [evaluate(policy, examples, HASH, 8, 4, samples=4, seed=seed).answers for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1] != results[2]
+    texts = {sample.response for answer in results[0] for sample in answer.samples}
+    assert len(texts) > 10
+    without = evaluate(policy, examples, HASH, 8, 4).answers
+    assert [replace(answer, samples=[]) for answer in results[0]] == without
+
+
+def test_the_summary_of_samples_is_the_mean_over_problems() -> None:
+    answers = [
+        answer(True, samples=[reply("7"), reply("8"), reply("8.0"), reply(None)]),
+        answer(False, samples=[reply("7"), reply("7"), reply(None), reply("9")]),
+    ]
+    summary = Evaluation(answers, 1.0).summary()
+    assert [summary[f"pass_at_{k}"] for k in (1, 2, 4)] == pytest.approx([3 / 8, (1 / 2 + 5 / 6) / 2, 1.0])
+    # Of the first one's six pairs 7 wins one and ties in two; of the second's it wins three and ties in two.
+    assert [summary[f"maj_at_{k}"] for k in (1, 2, 4)] == pytest.approx([3 / 8, (2 / 6 + 4 / 6) / 2, 0.5])
+    assert all(summary[f"pass_at_{k}_low"] < summary[f"pass_at_{k}"] for k in (1, 2, 4))
+    assert summary["accuracy"] == 0.5  # of the greedy answers
+
+
 # --- the summary
 
 
 def test_the_summary_counts_what_the_answers_say(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, {"a": "3+4=7\n#### 7", "b": "#### 8", "c": "it is 7", "d": None, "e": "####"})
-    result = evaluate(tiny_policy(), [Example(q, "#### 7", "7") for q in "abcde"], HASH, 20, 8)
+    solutions = ["3+4=<<3+4=7>>7\n#### 7", "Add.\nAdd.\n#### 7", "One line.\n#### 7", "#### 7", "Add. Add.\n#### 7"]
+    examples = [Example(q, solution, "7") for q, solution in zip("abcde", solutions, strict=True)]
+    result = evaluate(tiny_policy(), examples, HASH, 20, 8)
     tokens = [answer.tokens for answer in result.answers]
-    low, high = wilson_interval(1, 5)
+    (low, high), (lenient_low, lenient_high) = wilson_interval(1, 5), wilson_interval(2, 5)
+    steps = {(1, "problems"): 3, (1, "accuracy"): 1 / 3, (2, "problems"): 1, (2, "accuracy"): 0.0}
+    for steps_, right, n in ((1, 1, 3), (2, 0, 1)):
+        steps[steps_, "accuracy_low"], steps[steps_, "accuracy_high"] = wilson_interval(right, n)
     summary = result.summary()
     assert summary.pop("seconds") > 0
     assert summary == {
@@ -153,36 +250,15 @@ def test_the_summary_counts_what_the_answers_say(monkeypatch: pytest.MonkeyPatch
         "accuracy_low": low,
         "accuracy_high": high,
         "lenient_accuracy": 0.4,
+        "lenient_accuracy_low": lenient_low,
+        "lenient_accuracy_high": lenient_high,
         "format_rate": 0.4,  # a bare #### holds no answer
         "mean_length": sum(tokens) / 5,
         "max_length": 20,
         "truncated_share": 0.2,
         "worked_share": 0.2,
+        **{f"steps/{number}/{name}": value for (number, name), value in steps.items()},
     }
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_the_interval_is_wilsons_as_tabulated(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_the_intervals_ends_are_where_the_score_test_just_rejects() -> None:
-    for n in (1, 7, 500):
-        for successes in range(0, n + 1, max(1, n // 7)):
-            low, high = wilson_interval(successes, n)
-            share = successes / n
-            assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
-            for p in (low, high):  # (share - p)^2 = z^2 p (1 - p) / n
-                assert (share - p) ** 2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_the_table_has_a_column_for_each_summary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +271,19 @@ def test_the_table_has_a_column_for_each_summary(monkeypatch: pytest.MonkeyPatch
     assert lines[-1].split() == ["problems", "2", "1"]
     column = lines[0].index("after")
     assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+
+
+def test_a_row_that_one_summary_alone_has_is_blank_in_the_others() -> None:
+    plain = answer(True)
+    sampled = answer(True, steps=2, samples=[reply("7"), reply("8")])
+    columns = {"plain": Evaluation([plain], 1.0).summary(), "sampled": Evaluation([sampled], 1.0).summary()}
+    cells = summary_cells(columns)
+    rows = {row[0]: row[1:] for row in cells}
+    assert list(rows)[-5:] == ["pass@1", "pass@2", "maj@1", "maj@2", "accuracy, 2 steps"]
+    assert rows["pass@2"] == ["", "100.0% [20.7%, 100.0%]"] and rows["maj@2"][1].startswith("50.0% [")
+    assert rows["accuracy, 2 steps"] == ["", "100.0% [20.7%, 100.0%] of 1"]
+    lines = markdown([*cells, ["a|b", "", ""]]).splitlines()
+    assert lines[:2] == ["|  | plain | sampled |", "| --- | --- | --- |"] and lines[-1] == "| a\\|b |  |  |"
 
 
 # --- python -m eval
@@ -226,7 +315,7 @@ def test_the_run_folder_holds_a_line_per_problem_the_summary_and_the_config(
     assert [answer["question"] for answer in answers] == questions[:5]
     assert [answer["expected"] for answer in answers] == ["0", "1", "2", "3", "4"]
     assert set(answers[0]) == {
-        "question", "expected", "response", "extracted", "strict", "lenient", "tokens", "truncated"
+        "question", "expected", "response", "extracted", "strict", "lenient", "tokens", "truncated", "steps", "samples"
     }  # fmt: skip
     assert all(1 <= answer["tokens"] <= 12 for answer in answers)
     [line] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -236,7 +325,7 @@ def test_the_run_folder_holds_a_line_per_problem_the_summary_and_the_config(
     out = capsys.readouterr().out
     assert "accuracy" in out and "problems" in out and str(folder) in out
     assert sorted(path.name for path in folder.iterdir()) == [
-        "answers.jsonl", "config.yaml", "log.jsonl", "provenance.json"
+        "answers.jsonl", "config.yaml", "log.jsonl", "provenance.json", "summary.json", "summary.md"
     ]  # fmt: skip
     again = run(tmp_path / "again", "--config", str(folder / "config.yaml"))
     assert again == answers

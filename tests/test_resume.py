@@ -34,7 +34,7 @@ SFT = ["--batch_size", "4", "--max_completion_tokens", "40", "--eval_problems", 
 
 # What a run keeps between its steps, each in a case of its own.
 CASES: dict[str, tuple[Program, list[str]]] = {
-    "as it comes": (grpo_core.train.main, GRPO),
+    "as it comes": (grpo_core.train.main, [*GRPO, "--eval_samples", "2"]),
     "mu and a reference": (grpo_core.train.main, [*GRPO, "--mu", "2", "--beta", "0.1", "--lr_schedule", "cosine"]),
     "accumulation, a reference that moves": (
         grpo_core.train.main,

@@ -22,7 +22,7 @@ import sft_core.train
 from grpo_core.config import GRPOConfig
 from sft_core.checkpoint import checkpoints, step_of
 from sft_core.cli import parse_config
-from sft_core.config import FREE_ON_RESUME
+from sft_core.config import FREE_ON_RESUME, PASSING
 from sft_core.progress import Progress
 from tests.faulty import FORKS, SFT, STEPS, Ended, command, dies, ended, fails, on_call
 from tests.helpers import PEFT_IS_BEHIND, message_of, tiny_model
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_its_file(run: Path) 
 CHANGED = {"lr": "0.5", "group_size": "4", "max_steps": "7", "seed": "1", "beta": "0.5", "task": "gsm8k"}
 FREE = {"save_every": "7m", "keep_last": "0", "eval_every": "5", "log_every": "9", "tensorboard": "False"}
 FREE |= {"micro_batch": "3", "reward_timeout": "9", "eval_batch_size": "5", "progress": "False", "show_every": "0"}
-FREE |= {"offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
+FREE |= {"eval_samples": "3", "offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
 FREE |= {"device": "cpu", "precision": "bf16"}  # tests/test_resume.py: `auto` may find another one
 
 
@@ -323,8 +323,8 @@ def test_provenance_tells_of_each_time_that_the_run_was_gone_on_with(model: Path
 def test_the_config_is_the_runs_and_not_the_commands(killed: Path) -> None:
     text = (killed / "config.yaml").read_text()
     values = yaml.safe_load(text)
-    assert {"output_dir", "resume", "overwrite"}.isdisjoint(values)
-    assert {*values, "output_dir", "resume", "overwrite"} == set(GRPOConfig.__dataclass_fields__)
+    assert set(PASSING).isdisjoint(values)
+    assert {*values, *PASSING} == set(GRPOConfig.__dataclass_fields__)
 
 
 def test_log_and_tensorboard_show_no_step_twice(model: Path, whole: Path, run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def start(base: Path, data: Path) -> list[str]:
 def recorded(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One run with everything switched on."""
     every = ["--max_steps", str(STEPS), "--beta", "0.1", "--eval_every", "2", "--save_every", "2", "--show_every", "2"]
-    every += ["--keep_last", "0"]
+    every += ["--keep_last", "0", "--eval_samples", "3"]
     return grpo(tmp_path_factory.mktemp("recorded") / "run", *start, *every)
 
 
@@ -224,6 +225,13 @@ def test_the_logs_means_are_the_means_over_the_completions_on_file(recorded: Run
 def test_held_out_problems_are_asked_before_after_and_every_so_many_steps(recorded: Run) -> None:
     assert [line["step"] for line in recorded.eval] == [0, 2, 4, STEPS]
     assert all(line["problems"] == 4 for line in recorded.eval)
+    for line in recorded.eval:
+        rows = recorded.jsonl(f"heldout/step-{line['step']:06d}.jsonl")
+        assert line["samples"] == 3 and all(len(row["samples"]) == 3 for row in rows)
+        right = [sample["strict"] for row in rows for sample in row["samples"]]
+        assert line["pass_at_1"] == line["maj_at_1"] == pytest.approx(sum(right) / 12)
+        assert line["lenient_accuracy_low"] <= line["lenient_accuracy"] <= line["lenient_accuracy_high"]
+        assert sum(line.get(f"steps/{steps}/problems", 0) for steps in (1, 2)) == 4
 
 
 def test_the_memory_that_a_run_will_take_is_said_once_before_its_first_evaluation(recorded: Run) -> None:
@@ -236,7 +244,14 @@ def test_the_summary_is_the_first_and_the_last_evaluation(recorded: Run) -> None
     summary = json.loads((recorded.path / "summary.json").read_text())
     for name, line in (("before", recorded.eval[0]), ("after", recorded.eval[-1])):
         assert {**line, **summary[name]} == line and summary[name]["problems"] == 4
-    assert "before" in recorded.out and "accuracy gain:" in recorded.out
+    won, lost = (
+        sum(old["strict"] < new["strict"] for old, new in zip(*pair, strict=True))
+        for pair in itertools.permutations([recorded.jsonl(f"heldout/step-00000{step}.jsonl") for step in (0, STEPS)])
+    )
+    paired = summary["paired"]
+    assert (paired["problems"], paired["won"], paired["lost"]) == (4, won, lost)
+    assert paired["difference"] == summary["after"]["accuracy"] - summary["before"]["accuracy"]
+    assert "before" in recorded.out and f"{won} won, {lost} lost, McNemar's exact p = " in recorded.out
     assert recorded.out.count("Before:") == recorded.out.count("After:") == 3  # three sample problems
     assert str(recorded.path) in recorded.out and str(recorded.path / "final") in recorded.out
 
@@ -296,7 +311,9 @@ def test_another_seed_is_another_run(recorded: Run, start: list[str], tmp_path: 
     assert other.train[0]["seed"] == 7
 
 
-def test_evaluating_in_between_does_not_change_what_is_learned(recorded: Run, start: list[str], tmp_path: Path) -> None:
+def test_evaluating_in_between_with_samples_or_without_does_not_change_what_is_learned(
+    recorded: Run, start: list[str], tmp_path: Path
+) -> None:
     plain = grpo(tmp_path / "run", *start, "--max_steps", str(STEPS), "--beta", "0.1", "--log_every", "4")
     assert plain.completions == recorded.completions
     assert same(weights(plain.path / "final"), weights(recorded.path / "final"))
