@@ -36,7 +36,7 @@ from eval.dryrun import eval_plan
 from eval.evaluate import read_answers
 from eval.report import aligned, markdown, method, summary_cells
 from grpo_core.dryrun import grpo_plan
-from grpo_core.stages import SETTINGS, Settings, Stage, Weights, understood
+from grpo_core.stages import SETTINGS, Settings, Stage, Weights, every_stage_name, understood
 from grpo_core.train import reward_errors
 from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import not_saved, write_text, write_whole
@@ -83,21 +83,28 @@ class Pipeline:
         with not_saved(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:  # all of them: one that is begun anew must not be followed by an older one
-            for stage in settings.stages:
-                shutil.rmtree(folder / stage.name, ignore_errors=True)
+            for name in ("start", *every_stage_name()):
+                shutil.rmtree(folder / name, ignore_errors=True)
         before = read_yaml(folder / SETTINGS) if settings.resume and (folder / SETTINGS).is_file() else {}
         write_text(folder / SETTINGS, yaml.safe_dump({**before, **settings.as_values()}, sort_keys=False))
         start = folder / "start"
         if settings.start.model == str(start) and not start.is_dir():
             seed = settings.configs[settings.starter.name].seed
-            write_whole(start, lambda unfinished: (build_tiny(unfinished, seed), None)[1])
+
+            def write(unfinished: Path) -> None:
+                build_tiny(unfinished, seed)
+
+            write_whole(start, write)
 
     def _take(self, stage: Stage) -> None:
         config = configured(self.settings, stage)
         source = None if config.model == "tiny" else find_source(config)
         job = replace(self.jobs[stage.name], config=config, source=source)
         with user_errors(Refused):
-            run = job.run() and None if stage.kind == "eval" else job.begin()
+            if stage.kind == "eval":
+                job.run()
+                return
+            run = job.begin()
         if run:
             run.progress.again = self.settings.folder
             run.finish()

@@ -14,6 +14,7 @@ is taken with a name only, where several of them have it. --config FILE holds th
 
 --model, --adapter_path, --lora, --from_scratch and --config_overrides are about the start, so they go to the first
 stage that trains; what follows takes its result. Where SFT trains a LoRA adapter, GRPO trains it further.
+--push_to_hub goes to the last stage that trains.
 
 preset < environment < --config < flags. `--help` of sft_core.train, grpo_core.train and eval lists the stages' flags.
 """
@@ -38,6 +39,7 @@ CONFIGS: dict[str, Any] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalCon
 PRESETS = {"sft": sft_core.train.PRESETS, "grpo": grpo_core.train.PRESETS, "eval": eval.__main__.PRESETS}
 MODES = ("sft", "grpo", "both", "eval", "all")
 START = ("model", "adapter_path", "lora", "from_scratch", "config_overrides")  # of the first stage that trains
+END = ("push_to_hub", "private")  # of the last stage that trains
 DIFFERENT = ("lr", "lr_schedule", "warmup_ratio", "max_steps", "epochs", "batch_size")  # means another thing in each
 
 
@@ -122,7 +124,7 @@ def shared_out(rest: Sequence[Given], kinds: Sequence[str], mode: str) -> dict[s
             elif given.typed:
                 raise ValueError(f"{given.name}: --mode {mode} has no {given.kind} stage")
             continue
-        having = [kind for kind in CONFIGS if given.plain in flags[kind] and given.plain != "--config"]
+        having = [kind for kind in CONFIGS if given.plain in flags[kind]]
         if not having:
             no_such_flag(given.name, _every(flags.values()))
         here, name = [kind for kind in kinds if kind in having], given.plain.removeprefix("--").removeprefix("no_")
@@ -131,10 +133,18 @@ def shared_out(rest: Sequence[Given], kinds: Sequence[str], mode: str) -> dict[s
         if name in DIFFERENT and len(here) > 1:
             choice = " or ".join(f"--{kind}.{given.plain[2:]}" for kind in here)
             raise ValueError(f"{given.name}: {' and '.join(here)} each have their own; expected {choice}")
-        here = here[:1] if name in START else [kind for kind in here if kind != "eval" or name != "use_4bit"]
-        for kind in here:
+        for kind in _chosen(name, here):
             tokens[kind] += given.for_stage()
     return tokens
+
+
+def _chosen(name: str, kinds: list[str]) -> list[str]:
+    """Of the kinds that have a plain flag, those that get it."""
+    if name in START:
+        return kinds[:1]
+    if name in END:
+        return [kind for kind in kinds if kind != "eval"][-1:]
+    return [kind for kind in kinds if kind != "eval" or name != "use_4bit"]  # which is of use in training alone
 
 
 def flags_of(kind: str) -> list[str]:

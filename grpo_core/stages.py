@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_core.stageflags import CONFIGS, PRESETS, Given, given_in, own_parser, shared_out
+from grpo_core.stageflags import CONFIGS, MODES, PRESETS, Given, given_in, own_parser, shared_out
 from sft_core.cli import as_flags, from_environment, parse_config, preset_names, read_yaml, say_environment
 from sft_core.config import NEWEST, PASSING
 from sft_core.runlog import fresh_folder
@@ -56,6 +56,11 @@ def stages_of(mode: str, with_sft: bool = True) -> list[Stage]:
     if not with_sft:
         return [first, Stage("grpo", "grpo", ""), grpo]
     return [first, Stage("sft", "sft", ""), Stage("sft-eval", "eval", "sft"), Stage("grpo", "grpo", "sft"), grpo]
+
+
+def every_stage_name() -> list[str]:
+    """The folders of all modes' stages."""
+    return list(dict.fromkeys(stage.name for mode in MODES for stage in stages_of(mode)))
 
 
 @dataclass(frozen=True)
@@ -184,17 +189,19 @@ def _configs(
         flags += left[stage.origin].flags if started else []
         config = parse_config(CONFIGS[stage.kind], flags, PRESETS[stage.kind])
         if not started:
-            left[""] = _start(config, folder, several=len(stages) > 1)
+            left[""] = _start(config, folder, stages)
         configs[stage.name] = config
         left[stage.name] = left[stage.origin].after(config, folder / stage.name)
     return configs, left[""]
 
 
-def _start(config: Any, folder: Path, several: bool) -> Weights:
-    """Where the first stage starts; the built-in model is made once for all stages."""
+def _start(config: Any, folder: Path, stages: Sequence[Stage]) -> Weights:
+    """Where the first stage that trains starts; the built-in model is made once for all stages."""
     if config.model == "tiny":
-        return Weights(str(folder / "start") if several else "tiny", None)
-    if several and config.from_scratch and config.lora:
-        raise ValueError("--lora: expected a model whose weights are kept; those of --from_scratch are in no file")
+        return Weights(str(folder / "start") if len(stages) > 1 else "tiny", None)
+    if len(stages) > 1 and config.from_scratch and (config.lora or stages[0].kind == "eval"):
+        raise ValueError(
+            "--from_scratch: its random weights are in no file, where --mode all and stages after --lora look for them"
+        )
     source = find_source(config)
     return Weights(source.base, source.adapter)

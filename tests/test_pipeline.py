@@ -84,6 +84,7 @@ def test_a_file_holds_the_same_flags_and_the_command_line_overrides_it(tmp_path:
         (["--sft.output_dir", "x"], "--sft.output_dir: no such flag; did you mean"),
         (["--resume", "--overwrite", "--output_dir", "x"], "--overwrite: expected either"),
         (["--resume"], "--resume: expected --output_dir beside it"),
+        (["--mode", "all", "--model", "x", "--sft.from_scratch"], "--from_scratch: its random weights are in no file"),
         (["--resume", "nowhere"], "--resume nowhere: holds no pipeline.yaml"),
         (["--mode", "most"], "--mode: invalid choice: 'most'"),
         (["--grpo.group_size", "1"], "--group_size 1: expected 2 or more"),
@@ -254,7 +255,9 @@ def test_overwrite_begins_every_stage_anew(model: Path, tmp_path: Path) -> None:
     argv = ["--mode", "sft", "--model", str(model), *sft, "--output_dir", str(tmp_path / "out")]
     main(argv)
     first = weights(tmp_path / "out" / "sft")
+    (tmp_path / "out" / "grpo" / "final").mkdir(parents=True)  # of an earlier --mode both
     main([*argv, "--overwrite", "--seed", "7"])
+    assert not (tmp_path / "out" / "grpo").exists()
     assert weights(tmp_path / "out" / "sft") != first
 
 
