@@ -141,7 +141,7 @@ class Pipeline:
             if finished(self.settings, stage):
                 yield f"finished before: {self.settings.folder / stage.name}"
                 continue
-            if stage.origin:
+            if stage.origin and job.config != configured(self.settings, stage):
                 yield f"starts from {self.settings.folder / stage.origin / 'final'}; the model below stands in for it"
             text = eval_plan(job.config, job.source, job.heldout) if stage.kind == "eval" else plans[stage.kind](job)
             yield text.replace(self.start.model, BUILT_IN) if self.start != self.settings.start else text

@@ -53,7 +53,7 @@ def evaluation(run: Path) -> dict[str, Any]:
 
 def test_a_plain_flag_goes_to_every_stage_and_one_with_a_stages_name_to_that_one_alone() -> None:
     found = settings(
-        "--max_samples", "7", "--sft.lr", "0.5", "--grpo.lr=0.25", "--seed", "3", "--sft.seed", "4"
+        "--max_samples", "7", "--sft.lr", "0.5", "--grpo.lr=0.25", "--sft.seed", "4", "--seed", "3"
     ).configs
     assert (found["sft"].max_samples, found["grpo"].max_samples) == (7, 7)
     assert (found["sft"].lr, found["grpo"].lr) == (0.5, 0.25)
@@ -228,6 +228,13 @@ def test_an_interrupted_pipeline_goes_on_in_the_stage_that_was_interrupted(
         main(argv)
     assert caught.value.code == 130
     assert f"go on with --resume {out}\n" in capsys.readouterr().err
+    main([*argv, "--dry_run"])
+    plan = capsys.readouterr().out.split("== stage ")
+    assert [text.startswith(f"{i} of 5: ") and "finished before" in text for i, text in enumerate(plan)][1:4] == [
+        True
+    ] * 3
+    assert f"model        {out / 'sft' / 'final'}: " in plan[4] and "goes on after step 1 of 2" in plan[4]
+    assert f"starts from {out / 'grpo' / 'final'}; the model below stands in for it" in plan[5]
     before = {name: contents(out / name) for name in ("zero-shot", "sft", "sft-eval")}
     monkeypatch.setattr(grpo_core.train, "grpo_step", own)
     main(argv)
