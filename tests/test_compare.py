@@ -68,8 +68,8 @@ def test_wins_losses_and_p_are_counted_over_all_problems_and_for_each_number_of_
 def grpo(tmp_path: Path) -> Path:
     """A GRPO run of three evaluations."""
     run = tmp_path / "grpo"
-    for step, right in ((0, "p"), (10, "pq"), (200, "qr")):
-        saved(run / "heldout" / f"step-{step:06d}.jsonl", [answer(q, q in right) for q in "pqrs"])
+    for step, right in ((0, "ap"), (10, "pq"), (200, "aqr")):
+        saved(run / "heldout" / f"step-{step:06d}.jsonl", [answer(q, q in right) for q in "zapqrs"])
     return run
 
 
@@ -86,14 +86,15 @@ def test_a_grpo_run_is_compared_before_and_after_by_itself(grpo: Path, capsys: p
 def test_among_others_a_run_stands_for_its_last_answers_and_the_first_is_what_all_are_compared_with(
     grpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zero_shot = saved(tmp_path / "eval" / "answers.jsonl", [answer(q, False) for q in "srqp"]).parent
+    zero_shot = saved(tmp_path / "eval" / "answers.jsonl", [answer(q, False) for q in "srqpaz"]).parent
     middle, table = grpo / "heldout" / "step-000010.jsonl", tmp_path / "table.md"
     eval.compare.main([str(run) for run in (zero_shot, grpo, middle)] + ["--markdown", str(table), "--show", "0"])
     out = capsys.readouterr().out
     assert "B against A" in out and "C against A" in out and "--- won" not in out
     text = table.read_text()
     assert f"- A: {zero_shot}\n- B: {grpo}\n- C: {middle}\n" in text
-    assert text.count("| accuracy | 4 | 0.0% | 50.0% | +50.0 points") == 2
+    assert text.count("| accuracy | 6 | 0.0% | 33.3% | +33.3 points") == 1
+    assert text.count("| accuracy | 6 | 0.0% | 50.0% | +50.0 points") == 1
 
 
 def test_what_is_no_evaluation_is_refused(grpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
