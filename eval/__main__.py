@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.dryrun import eval_plan
 from eval.evaluate import Evaluation, evaluate
 from eval.report import aligned, markdown, method, summary_cells
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import FolderConfig, ModelConfig, Refused, TaskConfig, flag, require
+from sft_core.dryrun import UNTOUCHED
 from sft_core.policy import Policy, load_policy, load_tokenizer
 from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
@@ -117,8 +120,11 @@ def prepare(config: EvalConfig) -> EvalJob:
 def main(argv: Sequence[str] | None = None) -> None:
     with run_ends():
         with user_errors():
-            job = prepare(parse_config(EvalConfig, sys.argv[1:] if argv is None else argv, PRESETS))
+            given = sys.argv[1:] if argv is None else argv
+            job = prepare(parse_config(EvalConfig, given, PRESETS, environ=os.environ))
         with user_errors(Refused):
+            if job.config.dry_run:
+                return print(eval_plan(job.config, job.source, job.heldout), UNTOUCHED, sep="\n")
             policy = load_policy(job.config, job.source)
             path = job.ask(policy)
         print(f"answers and summary: {path}")

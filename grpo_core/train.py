@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from eval.evaluate import Evaluation, evaluate, read_answers
 from eval.report import indented, side_by_side, summary_table
 from eval.statistics import sizes
 from grpo_core.config import GRPOConfig
+from grpo_core.dryrun import grpo_plan
 from grpo_core.memory import forecast
 from grpo_core.metrics import extracted_and_expected, step_record
 from grpo_core.reference import Reference
@@ -30,6 +32,7 @@ from rewards import Reward, RewardError, check_signatures, load_rewards
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import Refused
+from sft_core.dryrun import UNTOUCHED
 from sft_core.optim import Optimizer
 from sft_core.policy import is_adapted, load_policy, load_tokenizer, without_dropout
 from sft_core.progress import Part, Progress, weights_identity
@@ -315,8 +318,11 @@ def reward_errors() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     with run_ends(), reward_errors():
         with user_errors():
-            job = prepare(parse_config(GRPOConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+            given = sys.argv[1:] if argv is None else argv
+            job = prepare(parse_config(GRPOConfig, given, PRESETS, "tiny", os.environ))
         with user_errors(Refused):
+            if job.config.dry_run:
+                return print(grpo_plan(job), UNTOUCHED, sep="\n")
             run = job.begin()
         if run:
             run.finish()

@@ -19,6 +19,29 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
     Args:
         run: the run folder that it is the start of, which a person goes on with where this is interrupted.
     """
+    folder = tiny_sft_folder(config)
+    if (folder / "final").is_dir():
+        print(f"starting from the SFT model of an earlier run: {folder}")
+        return folder / "final"
+    print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
+    sft, unfinished = _settings(config), folder.with_name(folder.name + ".unfinished")
+    start = prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)).begin()
+    if start:  # else a kill came between its end and the next line
+        start.progress.again = run or unfinished
+        start.finish()
+    return unfinished.rename(folder) / "final"
+
+
+def tiny_sft_folder(config: GRPOConfig) -> Path:
+    """Where that run is, or will be, kept: beside the GRPO run."""
+    # A changed setting or a changed line of sft_core makes another start.
+    sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.glob("*.py")))
+    settings = as_yaml(replace(_settings(config), progress=True)).encode()
+    runs = Path(config.output_dir).parent if config.output_dir else Path("runs")
+    return runs / f"tiny-sft-{hashlib.sha256(settings + sources).hexdigest()[:8]}"
+
+
+def _settings(config: GRPOConfig) -> SFTConfig:
     sft = parse_config(SFTConfig, ["--preset", "tiny"], PRESETS)
     same = (
         "task",
@@ -32,19 +55,4 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
         "device",
         "progress",
     )
-    sft = replace(sft, **{name: getattr(config, name) for name in same})
-    # A changed setting or a changed line of sft_core makes another start.
-    sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.glob("*.py")))
-    key = hashlib.sha256(as_yaml(replace(sft, progress=True)).encode() + sources).hexdigest()[:8]
-    runs = Path(config.output_dir).parent if config.output_dir else Path("runs")
-    folder = runs / f"tiny-sft-{key}"
-    if (folder / "final").is_dir():
-        print(f"starting from the SFT model of an earlier run: {folder}")
-        return folder / "final"
-    print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    start = prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)).begin()
-    if start:  # else a kill came between its end and the next line
-        start.progress.again = run or unfinished
-        start.finish()
-    return unfinished.rename(folder) / "final"
+    return replace(sft, **{name: getattr(config, name) for name in same})

@@ -1,4 +1,5 @@
-"""From the command line to a config: preset < --config file < flags. A user's mistake is one line and exit code 2.
+"""From the command line to a config: preset < environment < --config file < flags. A user's mistake is one line and
+exit code 2.
 
 A config file (and a preset, which is such a file inside a package) holds `field: value` lines. It is read as if its
 lines had been typed as flags before the real ones, so types, choices and errors are the same for both.
@@ -11,7 +12,7 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -24,42 +25,48 @@ from sft_core.config import FREE_ON_RESUME, NEWEST
 
 ConfigT = TypeVar("ConfigT")
 
+# The environment's names, after train-grpo-script's. They stand above a preset, which is the package's, and below what
+# was typed for this run: a config file that repeats a run, and flags.
+ENVIRONMENT = """environment: MODEL_NAME sets --model, OUTPUT_DIR sets --output_dir, RUN_NAME sets it to runs/RUN_NAME
+where OUTPUT_DIR does not; each above a preset and below --config and flags."""
 
-class _Parser(HfArgumentParser):
+
+class Parser(HfArgumentParser):
     """HfArgumentParser whose errors are exceptions of one line that name the nearest known flag."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
 
+    @property
+    def flags(self) -> list[str]:
+        """Every flag, in one spelling each."""
+        return [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
+
     def unknown(self, flags: Sequence[str]) -> NoReturn:
-        name = next((f for f in flags if f.startswith("--")), flags[0]).split("=")[0]
-        known = [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(
-            f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
-        )
+        no_such_flag(next((f for f in flags if f.startswith("--")), flags[0]), self.flags)
 
 
-def parse_config(
-    cls: type[ConfigT], argv: Sequence[str], presets: Path | None = None, default_preset: str | None = None
-) -> ConfigT:
-    """Preset, then config file, then flags, each overriding the one before; then the config's own `check()`.
-
-    `default_preset` is used where the command line names no preset, no config file, and no model or task of its own.
-
-    Raises:
-        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check,
-            --resume of a run that was begun with other values.
+def no_such_flag(flag: str, known: Iterable[str]) -> NoReturn:
     """
-    names = sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
-    parser = _Parser(
+    Raises:
+        ValueError: names the flag and the nearest of the known ones.
+    """
+    name = flag.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+
+
+def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None = None) -> Parser:
+    """The parser of a config class; `names` are those of its presets."""
+    parser = Parser(
         cast(Any, cls),
         allow_abbrev=False,
         usage="%(prog)s [--preset NAME] [--config FILE] [--flag value ...]",
         description=sys.modules[cls.__module__].__doc__,
+        epilog=ENVIRONMENT,
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-5 for a flag before Python 3.14
-    if presets:
+    if names:
         parser.add_argument(
             "--preset",
             choices=names,
@@ -71,24 +78,57 @@ def parse_config(
         if action.dest == "resume":
             action.nargs, action.const = "?", NEWEST
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
-    given, _ = parser.parse_known_args(list(argv))
+    return parser
+
+
+def preset_names(presets: Path | None) -> list[str]:
+    return sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
+
+
+def parse_config(
+    cls: type[ConfigT],
+    argv: Sequence[str],
+    presets: Path | None = None,
+    default_preset: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ConfigT:
+    """Preset, then environment, then config file, then flags, each overriding the one before; then the config's own
+    `check()`. Says on stderr what the environment has set, and under --dry_run on stdout which layers are in force.
+
+    `default_preset` is used where neither command line nor environment names a preset, a config file, or a model or
+    task of its own.
+
+    Args:
+        environ: where ENVIRONMENT's names are looked up; none for a config that no person asks for.
+
+    Raises:
+        ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check,
+            --resume of a run that was begun with other values.
+    """
+    parser = parser_of(cls, preset_names(presets), default_preset)
+    outer = from_environment(environ or {})
+    given, _ = parser.parse_known_args([*as_flags(outer), *argv])
+    if getattr(given, "resume", None) not in (None, NEWEST):
+        outer.pop("output_dir", None)  # the run is named already
+        given, _ = parser.parse_known_args([*as_flags(outer), *argv])
     named = {argument.split("=")[0] for argument in argv}
     own_job = "--config" in named or any(
-        f"--{name}" in named and getattr(given, name) != built_in
+        (f"--{name}" in named or name in outer) and getattr(given, name) != built_in
         for name, built_in in (("model", "tiny"), ("task", "arithmetic"))
     )
     run, resumed = _run_to_go_on_with(given)
     preset = getattr(given, "preset", None) or (None if own_job or run else default_preset)
     values: dict[str, Any] = {}
     begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
-    if run and not preset and not given.config:
-        values |= begun
     if presets and preset:
         values |= _read_file(presets / f"{preset}.yaml", parser, cls)
+    values |= outer
+    if run and not preset and not given.config:
+        values |= begun
     if given.config:
         values |= _read_file(given.config, parser, cls)
     config, _, unknown = parser.parse_args_into_dataclasses(
-        [*_as_flags(values), *argv], return_remaining_strings=True, look_for_args_file=False
+        [*as_flags(values), *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         parser.unknown(unknown)
@@ -96,8 +136,42 @@ def parse_config(
         config = dataclasses.replace(config, **resumed)
     config.check()
     if run:
-        _same_run(config, parser.parse_args_into_dataclasses(_as_flags(begun))[0], run)
+        same_run(config, parser.parse_args_into_dataclasses(as_flags(begun))[0], run)
+    in_force = {name: value for name, value in outer.items() if getattr(config, name) == value}
+    say_environment(in_force)
+    if getattr(config, "dry_run", False):
+        own = sorted(named - {"--preset", "--config", "--dry_run"} & {f for f in named if f.startswith("--")})
+        layers = [f"preset {preset}" if preset else "", f"the run in {run}" if run and not preset else ""]
+        layers += ["the environment" if in_force else "", f"{given.config}" if given.config else "", " ".join(own)]
+        print("settings: " + " < ".join(filter(None, ["defaults", *layers])))
     return config
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The fields that the environment sets, by ENVIRONMENT's names; an empty value sets nothing.
+
+    >>> from_environment({"MODEL_NAME": "Qwen/Qwen2.5-1.5B-Instruct", "RUN_NAME": "first", "HOME": "/root"})
+    {'model': 'Qwen/Qwen2.5-1.5B-Instruct', 'output_dir': 'runs/first'}
+
+    Raises:
+        ValueError: RUN_NAME is no name of a folder.
+    """
+    values = {}
+    if model := environ.get("MODEL_NAME"):
+        values["model"] = model
+    name, folder = environ.get("RUN_NAME"), environ.get("OUTPUT_DIR")
+    if name and (name != Path(name).name or name == ".."):
+        raise ValueError(f"RUN_NAME {name}: expected the name of a folder below runs/, without slashes")
+    if folder or name:
+        values["output_dir"] = folder or str(Path("runs") / str(name))
+    return values
+
+
+def say_environment(in_force: Mapping[str, str]) -> None:
+    """One line on stderr: a variable that was set for something else should not choose a model in silence."""
+    if in_force:
+        said = ", ".join(f"--{name} {value}" for name, value in in_force.items())
+        print(f"set by the environment (MODEL_NAME, OUTPUT_DIR, RUN_NAME): {said}", file=sys.stderr)
 
 
 def _run_to_go_on_with(given: Any) -> tuple[Path | None, dict[str, str]]:
@@ -120,7 +194,11 @@ def _run_to_go_on_with(given: Any) -> tuple[Path | None, dict[str, str]]:
     return path, {"resume": name, "output_dir": str(path)}
 
 
-def _same_run(config: Any, begun: Any, run: Path) -> None:
+def same_run(config: Any, begun: Any, run: Path) -> None:
+    """
+    Raises:
+        ValueError: the run in `run` was begun with another value of something that moves its numbers.
+    """
     for field in dataclasses.fields(config):
         now, then = getattr(config, field.name), getattr(begun, field.name)
         if now != then and field.name not in FREE_ON_RESUME:
@@ -130,7 +208,26 @@ def _same_run(config: Any, begun: Any, run: Path) -> None:
             )
 
 
-def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
+def _read_file(path: Path, parser: Parser, cls: type) -> dict[str, Any]:
+    values = read_yaml(path)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        parser.parse_known_args(as_flags(values))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `key: value` lines of a --config file.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
@@ -139,19 +236,10 @@ def _read_file(path: Path, parser: _Parser, cls: type) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected `flag: value` lines")
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        parser.parse_known_args(_as_flags(values))
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error
     return values
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
+def as_flags(values: Mapping[str, Any]) -> list[str]:
     """`{"lr": 1e-4, "rewards": ["a", "b"]}` as `["--lr=0.0001", "--rewards", "a", "b"]`; None means the default."""
     flags: list[str] = []
     for key, value in values.items():

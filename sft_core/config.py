@@ -14,11 +14,12 @@ import yaml
 from sft_core.precision import pick_device
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field whose help text is the flag's."""
+def flag(default: Any, help: str, *aliases: str) -> Any:
+    """A dataclass field whose help text is the flag's; `aliases`: further spellings, such as --output_path."""
+    metadata = {"help": help, "aliases": aliases}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class OptimConfig:
 
 
 NEWEST = "newest"  # what --resume without a value means
-PASSING = ("output_dir", "resume", "overwrite")  # not part of what a run is, so not in its config.yaml
+PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a run is, so not in its config.yaml
 # What may differ when a run is gone on with: it moves no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
@@ -184,8 +185,11 @@ FREE_ON_RESUME = (
 class FolderConfig:
     """Where a program leaves what it writes."""
 
-    output_dir: str = flag("", "the run folder; default: a new one under runs/, named by kind and time")
+    output_dir: str = flag(
+        "", "the run folder; default: a new one under runs/, named by kind and time", "--output_path"
+    )
     overwrite: bool = flag(False, "delete the run that is in --output_dir and begin anew")
+    dry_run: bool = flag(False, "load and check everything, say what would be done, and end; nothing is written")
     tensorboard: bool = flag(True, "write TensorBoard events")
     progress: bool = flag(True, "draw progress bars")
 

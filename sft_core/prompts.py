@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,11 @@ def demonstration(example: Example, fmt: PromptFormat, terse: bool = False) -> s
     """
     working = re.sub(r"<<[^<>]*>>", "", example.solution.split("####")[0]).strip()
     return fmt.render("" if terse else working, example.answer)
+
+
+def is_terse(example: Example, worked_share: float) -> bool:
+    """Whether a problem's demonstration only states the answer: by the question's hash, so the same in every epoch."""
+    return zlib.crc32(example.question.encode()) % 1000 >= worked_share * 1000
 
 
 def prompt_messages(example: Example, config: TaskConfig) -> list[Message]:

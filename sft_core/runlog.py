@@ -65,7 +65,7 @@ class RunFolder:
     """
 
     def __init__(self, config: FolderConfig, kind: str) -> None:
-        self.path = Path(config.output_dir) if config.output_dir else _fresh(kind)
+        self.path = Path(config.output_dir) if config.output_dir else fresh_folder(kind)
         self.config = config
         self.writer: Any = None
         self.evaluations: dict[int, dict[str, Any]] = {}  # the log's lines of kind eval, by step
@@ -203,7 +203,7 @@ class RunFolder:
             self.lock = None
 
 
-def _fresh(kind: str) -> Path:
+def fresh_folder(kind: str) -> Path:
     """runs/<kind>-<time>, with a number where two runs start within a second."""
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 100))]

@@ -7,8 +7,8 @@ are read but not learned.
 from __future__ import annotations
 
 import math
+import os
 import sys
-import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from sft_core.checkpoint import not_saved
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.clock import Stopwatch
 from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
+from sft_core.dryrun import UNTOUCHED, sft_plan
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, is_adapted, load_policy, load_tokenizer
@@ -34,6 +35,7 @@ from sft_core.prompts import (
     drop_long_prompts,
     encode_completion,
     encode_prompt,
+    is_terse,
     prompt_messages,
 )
 from sft_core.rows import Rows, pack_rows
@@ -72,10 +74,8 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
     fmt = FORMATS[config.prompt_format]
     prompts, completions = [], []
     for example in examples:
-        # By the question's hash, so that a problem is demonstrated the same way in every epoch.
-        terse = zlib.crc32(example.question.encode()) % 1000 >= config.worked_share * 1000
         prompts.append(encode_prompt(policy.tokenizer, prompt_messages(example, config)))
-        text = demonstration(example, fmt, terse)
+        text = demonstration(example, fmt, is_terse(example, config.worked_share))
         ids = encode_completion(policy.tokenizer, text, policy.eos_ids[0])
         completions.append(ids[: config.max_completion_tokens])
     return pack_rows(prompts, completions, policy.pad_id).to(policy.device)
@@ -222,8 +222,11 @@ def prepare(config: SFTConfig) -> SFTJob:
 def main(argv: Sequence[str] | None = None) -> None:
     with run_ends():
         with user_errors():
-            job = prepare(parse_config(SFTConfig, sys.argv[1:] if argv is None else argv, PRESETS, "tiny"))
+            given = sys.argv[1:] if argv is None else argv
+            job = prepare(parse_config(SFTConfig, given, PRESETS, "tiny", os.environ))
         with user_errors(Refused):
+            if job.config.dry_run:
+                return print(sft_plan(job), UNTOUCHED, sep="\n")
             run = job.begin()
         print(f"final model: {run.finish()}" if run else f"this run is finished: {job.config.output_dir}/final")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.faulty import command, ended, save_start
+
+# A machine's own would be taken for those of the programs (ENVIRONMENT in sft_core/cli.py).
+for name in ("MODEL_NAME", "OUTPUT_DIR", "RUN_NAME"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

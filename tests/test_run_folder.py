@@ -22,7 +22,7 @@ import sft_core.train
 from grpo_core.config import GRPOConfig
 from sft_core.checkpoint import checkpoints, step_of
 from sft_core.cli import parse_config
-from sft_core.config import FREE_ON_RESUME
+from sft_core.config import FREE_ON_RESUME, PASSING
 from sft_core.progress import Progress
 from tests.faulty import FORKS, SFT, STEPS, Ended, command, dies, ended, fails, on_call
 from tests.helpers import PEFT_IS_BEHIND, message_of, tiny_model
@@ -225,7 +225,7 @@ def test_another_value_is_refused_with_both(name: str, run: Path) -> None:
 
 
 def test_every_setting_that_moves_no_number_may_change(run: Path) -> None:
-    assert {*FREE, "output_dir", "resume", "overwrite"} == set(FREE_ON_RESUME)
+    assert {*FREE, "output_dir", "resume", "overwrite", "dry_run"} == set(FREE_ON_RESUME)
     config = parse_config(GRPOConfig, ["--resume", str(run), *(f"--{name}={value}" for name, value in FREE.items())])
     assert {name: str(getattr(config, name)) for name in FREE} == {**FREE, "reward_timeout": "9.0"}
 
@@ -323,8 +323,8 @@ def test_provenance_tells_of_each_time_that_the_run_was_gone_on_with(model: Path
 def test_the_config_is_the_runs_and_not_the_commands(killed: Path) -> None:
     text = (killed / "config.yaml").read_text()
     values = yaml.safe_load(text)
-    assert {"output_dir", "resume", "overwrite"}.isdisjoint(values)
-    assert {*values, "output_dir", "resume", "overwrite"} == set(GRPOConfig.__dataclass_fields__)
+    assert set(PASSING).isdisjoint(values)
+    assert {*values, *PASSING} == set(GRPOConfig.__dataclass_fields__)
 
 
 def test_log_and_tensorboard_show_no_step_twice(model: Path, whole: Path, run: Path) -> None:

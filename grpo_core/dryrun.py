@@ -1,0 +1,56 @@
+"""--dry_run of GRPO; what it is: sft_core/dryrun.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from grpo_core.memory import forecast
+from grpo_core.warmstart import tiny_sft_folder
+from sft_core.dryrun import (
+    evaluations_at,
+    loaded,
+    passes,
+    prompt_lengths,
+    told,
+    told_folder,
+    told_lengths,
+    told_model,
+    told_rate,
+    told_steps,
+    told_task,
+)
+from sft_core.source import find_source
+
+if TYPE_CHECKING:
+    from grpo_core.train import GRPOJob
+
+
+def grpo_plan(job: GRPOJob) -> str:
+    """What `job` would do."""
+    config, task, steps = job.config, job.task, job.steps
+    name, built_in = config.model, None
+    if not job.source:
+        start = tiny_sft_folder(config)
+        there = (start / "final").is_dir()
+        built_in = find_source(replace(config, model=str(start / "final"))) if there else None
+        name = f"the built-in one, after its SFT ({'done, ' if there else 'to be done first, '}{start})"
+    B, G, T = config.prompts_per_step, config.group_size, config.max_completion_tokens
+    with loaded(config, job.source, built_in) as (policy, source):
+        prompts = prompt_lengths(policy, task, config)
+        looks = evaluations_at(config.eval_every, steps, first=True) if task.heldout else []
+        rewards = (f"{reward.weight:g} x {reward.name}" for reward in job.rewards)
+        updates = f", {config.mu} updates each" if config.mu > 1 else ""
+        lines = {
+            "task": told_task(task, config),
+            "model": told_model(config, policy, name),
+            "rewards": " + ".join(rewards),
+            "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "
+            f"{min(config.micro_batch, B * G)} rows at a time; {told_rate(config, steps)}; beta {config.beta:g}",
+            "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "
+            f"{B * G * T:,} a step, {steps * B * G * T:,} in all",
+            "evaluations": f"of {len(task.heldout)} held-out problems, {told_steps(looks)}",
+            "memory": forecast(config, source).removeprefix("memory: ") + f", on {policy.device}",
+            "folder": told_folder(config, "grpo", steps),
+        }
+    return told(lines)
