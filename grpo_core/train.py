@@ -35,6 +35,7 @@ from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
+from sft_core.trackers import indented, shown
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -172,6 +173,7 @@ class GRPORun:
             append_jsonl(self.folder.path / "completions.jsonl", completions)
             if config.show_every and step % config.show_every == 0:
                 bar.write(shown(completions[0]))
+                self.folder.show(completions[0])
             self.progress.completed(step)
             optimizer.stop_if_lost(step, "completions.jsonl holds their texts")
             self.look(step)
@@ -246,19 +248,6 @@ def completion_records(step: int, report: StepReport, config: GRPOConfig) -> lis
         }
         for row in range(len(expected))
     ]
-
-
-def shown(completion: dict[str, Any]) -> str:
-    """A completion record, for the person who watches."""
-    return (
-        f"--- step {completion['step']}, reward {completion['reward']:.2f}\n"
-        f"Question:  {completion['question']}\nExpected:  {completion['expected']}\n"
-        f"Response:  {indented(completion['response'])}\nExtracted: {completion['extracted'] or '(no answer found)'}"
-    )
-
-
-def indented(text: str) -> str:
-    return text.strip().replace("\n", "\n" + " " * 11)
 
 
 def comparison(before: Evaluation, after: Evaluation) -> str:
