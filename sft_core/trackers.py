@@ -47,18 +47,22 @@ class Trackers:
 
     Args:
         run: its folder, which holds a config.yaml.
+
+    Raises:
+        OSError: the disk does not take TensorBoard's files; it will not take the others.
     """
 
     def __init__(self, run: Path, config: FolderConfig) -> None:
         self.live: list[Tracker] = []
         self.show_every: int = getattr(config, "show_every", 0)
         self.times: dict[int, float] = {}  # of the log lines, by step
-        for kind, wanted in ((TensorBoard, config.tensorboard), (WandB, getattr(config, "track", "none") == "wandb")):
+        if config.tensorboard:
+            self.live.append(TensorBoard(run))
+        if getattr(config, "track", "none") == "wandb":
             try:
-                if wanted:
-                    self.live.append(kind(run))
+                self.live.append(WandB(run))
             except Exception as error:
-                _say(f"{kind.name} could not be opened, and the run goes on without it", error)
+                _say("W&B could not be reached, and the run goes on without it", error)
 
     def log(self, record: dict[str, Any]) -> None:
         """Show a line of log.jsonl."""

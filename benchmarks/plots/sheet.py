@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from benchmarks.plots.lines import Line, Panel, curve
@@ -43,8 +42,11 @@ def draw(path: Path, title: str, panels: Sequence[Panel], lines: Sequence[Line],
         window: how many log lines a running mean is of.
         parts: the first panel shows the parts of a mean step.
     """
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     count = len(panels) + parts
     columns = min(COLUMNS, count)
@@ -59,7 +61,7 @@ def draw(path: Path, title: str, panels: Sequence[Panel], lines: Sequence[Line],
         draw_panel(axis, panel, lines, window)
     figure.suptitle(title, fontsize=13)
     labels = [shortened(line.label, 60) for line in lines]
-    handles = [matplotlib.lines.Line2D([], [], **style(index)) for index in range(len(lines))]
+    handles = [Line2D([], [], **style(index)) for index in range(len(lines))]
     across = max(1, min(len(lines), int(35 * columns / (max(map(len, labels)) + 6))))
     figure.legend(
         handles,
@@ -80,6 +82,8 @@ def draw(path: Path, title: str, panels: Sequence[Panel], lines: Sequence[Line],
 
 def draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], window: int) -> None:
     """All lines of one quantity. A band that is not of seeds is drawn where it is an interval, or where one line is."""
+    from matplotlib import ticker
+
     seen = []
     for index, line in enumerate(lines):
         found = curve(line, panel, window)
@@ -101,9 +105,9 @@ def draw_panel(axis: Any, panel: Panel, lines: Sequence[Line], window: int) -> N
     axis.set_ylabel(panel.unit, fontsize=9)
     axis.tick_params(labelsize=9)
     axis.grid(alpha=0.3)
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-    plain = matplotlib.ticker.FuncFormatter(lambda number, _: f"{number:g}")
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1) if panel.share else plain)
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+    plain = ticker.FuncFormatter(lambda number, _: f"{number:g}")
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1) if panel.share else plain)
     numbers = np.concatenate(seen) if seen else np.array([])
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
