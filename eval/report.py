@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.evaluate import Answered
+from sft_core.trackers import indented
 
 Cells = list[list[str]]  # a table: rows of equal length, the first its head
 
@@ -84,8 +85,3 @@ def side_by_side(old: Answered, new: Answered, names: Sequence[str]) -> str:
     lines = {"Question": old.question, "Expected": old.expected, names[0]: old.response, names[1]: new.response}
     width = max(10, 1 + max(map(len, lines)))
     return "\n".join(f"{name + ':':{width}} {indented(text, width + 1)}" for name, text in lines.items())
-
-
-def indented(text: str, width: int = 11) -> str:
-    """The text's further lines moved to where its first one begins."""
-    return text.strip().replace("\n", "\n" + " " * width)

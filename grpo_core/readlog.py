@@ -136,8 +136,8 @@ class Run:
         return Change(shares[0], shares[-1], max(shares), math.sqrt(variance))
 
 
-def read_run(folder: Path) -> Run:
-    """The run folder of GRPO or of SFT.
+def read_run(folder: Path, completions: bool = True) -> Run:
+    """The run folder of GRPO or of SFT; without its completions, which may be many, where they are not wanted.
 
     Raises:
         ValueError: it is no such folder, or a line before the last one is no JSON object.
@@ -157,5 +157,5 @@ def read_run(folder: Path) -> Run:
         config,
         [line for line in log if line.get("kind") == "train"],
         [line for line in log if line.get("kind") == "eval"],
-        read_jsonl(folder / "completions.jsonl", torn_end=True),
+        read_jsonl(folder / "completions.jsonl", torn_end=True) if completions else [],
     )

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from eval.compare import paired, verdict
 from eval.evaluate import Evaluation, evaluate, read_answers
-from eval.report import indented, side_by_side, summary_table
+from eval.report import side_by_side, summary_table
 from eval.statistics import sizes
 from grpo_core.config import GRPOConfig
 from grpo_core.dryrun import grpo_plan
@@ -40,6 +40,7 @@ from sft_core.prompts import drop_long_prompts
 from sft_core.runlog import RunFolder, append_jsonl
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import Example, Task, load_task
+from sft_core.trackers import shown
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -178,6 +179,7 @@ class GRPORun:
             append_jsonl(self.folder.path / "completions.jsonl", completions)
             if config.show_every and step % config.show_every == 0:
                 bar.write(shown(completions[0]))
+                self.folder.show(completions[0])
             self.progress.completed(step)
             optimizer.stop_if_lost(step, "completions.jsonl holds their texts")
             self.look(step)
@@ -260,15 +262,6 @@ def completion_records(step: int, report: StepReport, config: GRPOConfig) -> lis
         }
         for row in range(len(expected))
     ]
-
-
-def shown(completion: dict[str, Any]) -> str:
-    """A completion record, for the person who watches."""
-    return (
-        f"--- step {completion['step']}, reward {completion['reward']:.2f}\n"
-        f"Question:  {completion['question']}\nExpected:  {completion['expected']}\n"
-        f"Response:  {indented(completion['response'])}\nExtracted: {completion['extracted'] or '(no answer found)'}"
-    )
 
 
 def comparison(before: Evaluation, after: Evaluation) -> str:

@@ -6,6 +6,7 @@ Here because every package reads such files, and this is the package that all ot
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ def read_jsonl(path: Path, torn_end: bool = False) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object, with its number.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if torn_end and number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: is not JSON") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        records.append(record)
-    return records
+    return list(each_jsonl(path, torn_end))
+
+
+def each_jsonl(path: Path, torn_end: bool = False) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, one object after the other, for a file that is too large to be held."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                if torn_end and not file.read(1):
+                    return
+                raise ValueError(f"{path}, line {number}: is not JSON") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object")
+            yield record

@@ -174,7 +174,7 @@ PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a
 # What may differ when a run is gone on with: it moves no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
-    *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "progress", "show_every"),
+    *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
     *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
     "eval_samples",
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses
@@ -237,6 +237,9 @@ class RunConfig(FolderConfig):
         "10m", "steps (100) or minutes (10m) between checkpoints, from which --resume goes on; 0: when interrupted only"
     )
     keep_last: int = flag(2, "so many of the newest checkpoints are kept; 0: all")
+    track: Literal["none", "wandb"] = flag(
+        "none", "show the run elsewhere, too: wandb (extra: wandb; WANDB_PROJECT, WANDB_MODE, ... are W&B's own)"
+    )
 
     @property
     def save_interval(self) -> tuple[int, float]:
@@ -254,6 +257,10 @@ class RunConfig(FolderConfig):
             self.save_every,
             "a number of steps (100) or of minutes (10m)",
         )
+        found = find_spec("wandb") if self.track == "wandb" else None
+        # A folder named wandb, as W&B leaves them lying, is found too; but it has no file to be imported from.
+        there = found is not None and found.origin is not None
+        require(self.track == "none" or there, "track", self.track, "the wandb package: pip install '.[wandb]'")
         if self.resume is not None:
             require(bool(self.output_dir), "resume", self.resume, "--output_dir beside it, or a run folder behind it")
             require(not self.overwrite, "overwrite", True, "either --overwrite (begin anew) or --resume (go on)")

@@ -7,7 +7,7 @@ completions.jsonl   every sampled completion of GRPO with its rewards and advant
 heldout/            step-000000.jsonl, ...: every answer of an evaluation while training
 answers.jsonl       every answer of `python -m eval`
 summary.json        what was measured, at the end; of `python -m eval` as a table, too: summary.md
-tensorboard/        the same scalars as log.jsonl
+tensorboard/, wandb/ the same scalars as log.jsonl, and samples of the completions (sft_core/trackers.py)
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
 final/              the final model or adapter; written last, so a folder that has it is finished
 """
@@ -44,12 +44,14 @@ from sft_core.checkpoint import (
 from sft_core.config import NEWEST, PASSING, FolderConfig, Refused, as_yaml
 from sft_core.policy import Policy
 from sft_core.provenance import provenance
+from sft_core.trackers import Trackers
 
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
 
 LOGS = ("log.jsonl", "completions.jsonl", "answers.jsonl")
-OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "final", "base")
+OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "final", "base")
+KEPT = ("checkpoints", "wandb")  # where --resume begins a run anew: damaged checkpoints, and what W&B was told
 
 
 class RunFolder:
@@ -67,7 +69,7 @@ class RunFolder:
     def __init__(self, config: FolderConfig, kind: str) -> None:
         self.path = Path(config.output_dir) if config.output_dir else fresh_folder(kind)
         self.config = config
-        self.writer: Any = None
+        self.trackers: Trackers | None = None
         self.evaluations: dict[int, dict[str, Any]] = {}  # the log's lines of kind eval, by step
         self.finished = False
         self.checkpoint: Path | None = None
@@ -94,7 +96,7 @@ class RunFolder:
         if (self.path / "config.yaml").exists() and not (going_on or config.overwrite):
             raise Refused(f"--output_dir {self.path}: holds a run; --resume goes on with it, --overwrite deletes it")
         # Config and provenance are not among them: they say that the rest is a run's, and are replaced at a stroke.
-        for name in (*LOGS, *OTHERS, *([] if going_on else ["checkpoints"])):
+        for name in (*LOGS, *OTHERS, *([] if going_on else KEPT)):
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         lines = [line for line in as_yaml(config).splitlines() if line.split(":")[0] not in PASSING]
@@ -124,22 +126,18 @@ class RunFolder:
             _write_json(self.path / "provenance.json", {**begun, "resumed": [*begun.get("resumed", []), again]})
 
     def _show(self) -> None:
-        """Begin TensorBoard's copy of the log anew, so that a run that was gone on with shows no step twice."""
-        if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if (self.path / "tensorboard").exists():
-                shutil.rmtree(self.path / "tensorboard")
-            self.writer = SummaryWriter(str(self.path / "tensorboard"))
+        """Open the trackers, and tell them what the logs hold."""
+        self.trackers = Trackers(self.path, self.config)
         try:
             lines = read_jsonl(self.path / "log.jsonl")
         except ValueError as error:
             raise Refused(f"{error}; the run can go on without the line") from error
         for record in lines:
             self._remember(record)
+        self.trackers.completions_of(self.path / "completions.jsonl")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line to log.jsonl and its numbers to TensorBoard. NaN and infinity are written as null: JSON has
+        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has
         no word for them."""
         now = datetime.now(timezone.utc).isoformat()
         record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
@@ -147,17 +145,15 @@ class RunFolder:
         self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:
-        kind, step = record["kind"], record["step"]
-        if kind == "eval":
-            self.evaluations[step] = record
-        at = datetime.fromisoformat(record["timestamp_iso"]).timestamp()
-        try:
-            for name, value in record.items() if self.writer else ():
-                if name != "step" and (value is None or isinstance(value, (int, float))):
-                    self.writer.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step, walltime=at)
-        except OSError as error:  # of its own thread; the log, whose copy it is, fails by itself where it matters
-            print(f"TensorBoard could not be written and ends here: {error}", file=sys.stderr)
-            self.writer = None
+        if record["kind"] == "eval":
+            self.evaluations[record["step"]] = record
+        if self.trackers:
+            self.trackers.log(record)
+
+    def show(self, completion: dict[str, Any]) -> None:
+        """Show a record of completions.jsonl in TensorBoard and its like."""
+        if self.trackers:
+            self.trackers.completion(completion)
 
     def sizes(self) -> dict[str, int]:
         """The length of each log in bytes."""
@@ -195,9 +191,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the folder."""
-        if self.writer:
-            with suppress(OSError):  # a disk that is full was full for the log, too
-                self.writer.close()
+        if self.trackers:
+            self.trackers.close(failed=sys.exc_info()[0] is not None)  # as in `closing`, while an exception passes
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

@@ -30,7 +30,7 @@ STEPS = 3
 SMALL = ["--task", "arithmetic", "--prompt_format", "hash", "--system_prompt", "", "--max_prompt_tokens", "90"]
 SMALL += ["--device", "cpu", "--no_progress", "--precision", "float32", "--max_steps", str(STEPS), "--lr", "1e-2"]
 GRPO = ["--prompts_per_step", "2", "--group_size", "2", "--max_completion_tokens", "4", "--eval_problems", "2"]
-GRPO += ["--rewards", "tests.helpers:length_reward", "--show_every", "0"]
+GRPO += ["--rewards", "tests.helpers:length_reward", "--show_every", "2"]
 SFT = ["--batch_size", "4", "--max_completion_tokens", "30", "--eval_problems", "2", "--eval_every", "2"]
 
 

@@ -118,11 +118,13 @@ def is_a_time(name: str) -> bool:
 
 
 def shown(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """TensorBoard's curves without the times."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    """TensorBoard's curves and completions, without the times."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not is_a_time(tag)]
-    return {tag: [(event.step, str(event.value)) for event in events.Scalars(tag)] for tag in tags}
+    curves = {tag: [(event.step, str(event.value)) for event in events.Scalars(tag)] for tag in tags}
+    texts = events.Tensors("completion/text_summary") if "completion/text_summary" in events.Tags()["tensors"] else []
+    return curves | {"completion": [(event.step, event.tensor_proto.string_val[0].decode()) for event in texts]}
 
 
 def main() -> None:
