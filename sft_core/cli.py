@@ -11,7 +11,7 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -41,11 +41,16 @@ class _Parser(HfArgumentParser):
 
 
 def parse_config(
-    cls: type[ConfigT], argv: Sequence[str], presets: Path | None = None, default_preset: str | None = None
+    cls: type[ConfigT],
+    argv: Sequence[str],
+    presets: Path | None = None,
+    default_preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Preset, then config file, then flags, each overriding the one before; then the config's own `check()`.
 
     `default_preset` is used where the command line names no preset, no config file, and no model or task of its own.
+    `settings` stand in for the fields' defaults.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check,
@@ -79,7 +84,7 @@ def parse_config(
     )
     run, resumed = _run_to_go_on_with(given)
     preset = getattr(given, "preset", None) or (None if own_job or run else default_preset)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(settings or {})
     begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
     if run and not preset and not given.config:
         values |= begun

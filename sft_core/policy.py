@@ -214,11 +214,12 @@ def _whole_model(name: str, **options: Any) -> Any:
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a table of what was found, which goes on in either case
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     finally:
         transformers.logging.set_verbosity(before)
+    model, report = loaded
     _refuse_lacking(report["missing_keys"])
     if report["unexpected_keys"]:
         print(f"{name}: not a part of the model, and left out: {_some(report['unexpected_keys'])}", file=sys.stderr)
