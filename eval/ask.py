@@ -189,9 +189,6 @@ class AskJob:
     def _answer(self, policy: Policy, question: Question) -> dict[str, Any] | None:
         """Ask one question, show the answer and keep it; None where it cannot be asked."""
         config = self.config
-        if LONE_SURROGATE.search(question.text):
-            print("not asked: it holds half of a surrogate pair, no character", file=sys.stderr)
-            return None
         prompt = encode_prompt(policy.tokenizer, prompt_messages(Example(question.text, "", ""), config))
         if len(prompt) > config.max_prompt_tokens:
             limit = f"--max_prompt_tokens {config.max_prompt_tokens}"
@@ -267,13 +264,22 @@ def typed() -> Iterator[Question]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        yield Question(line)
+        except UnicodeDecodeError as error:
+            print(f"not asked: {error}")
+            continue
+        yield Question(whole(line))
 
 
 def piped() -> Iterator[Question]:
     """Lines from standard input until its end."""
     for line in sys.stdin.buffer:
         yield Question(line.decode(errors="replace").rstrip("\r\n"))
+
+
+def whole(text: str) -> str:
+    """With a replacement character for each half of a surrogate pair, as bytes that are no UTF-8 leave them behind:
+    tokenizers and files take none."""
+    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -286,7 +292,7 @@ def read_questions(path: Path) -> list[Question]:
         text, answer = row.get("question"), str(row.get("answer"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}, line {number}: column question is missing, empty or not a string")
-        questions.append(Question(text, extract_hash_answer(answer)))
+        questions.append(Question(whole(text), extract_hash_answer(answer)))
     if not questions:
         raise ValueError(f"--questions {path}: holds no questions")
     return questions
@@ -303,7 +309,7 @@ def prepare(argv: Sequence[str]) -> AskJob:
     if trained.run:
         config = parse_config(AskConfig, model_first(argv), settings=trained.prompt_settings())
     config = replace(config, model=trained.model)
-    questions = [Question(text) for text in config.question] or None
+    questions = [Question(whole(text)) for text in config.question] or None
     if config.questions:
         questions = read_questions(Path(config.questions))
     source = find_source(config)

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,8 +33,8 @@ from sft_core.policy import Policy, load_policy
 from sft_core.source import Source, find_source
 from sft_core.trained import Trained, find_trained, model_first
 
-# Of the largest logit. Float32 rounds to 6e-8; a merged adapter adds its roundings up over layers.
-TOLERANCE = 1e-5
+# Of the largest logit. Merging moves float32's roundings: 2e-6 in the 24 layers of Qwen2.5-0.5B's shape.
+TOLERANCE = 3e-5
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ExportConfig:
             require(not getattr(self, name) or free, name, path, "a path that is free: nothing is overwritten")
             blocked = any(parent.exists() and not parent.is_dir() for parent in path.parents)
             require(not blocked, name, path, "a path below folders; there is a file on the way")
-        require(self.zip in ("", str(Path(self.zip).with_suffix(".zip"))), "zip", self.zip, "a name that ends in .zip")
+        require(not self.zip or Path(self.zip).suffix == ".zip", "zip", self.zip, "a name that ends in .zip")
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with user_errors():
             job = prepare(parse_config(ExportConfig, model_first(sys.argv[1:] if argv is None else argv)))
         with user_errors(Refused):
+            transformers.logging.disable_progress_bar()
             job.run()
 
 

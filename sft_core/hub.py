@@ -115,4 +115,5 @@ def push(folder: Path, name: str, card: str, private: bool) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    cause = f" {error.__cause__}" if error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split())[:240]
