@@ -158,11 +158,16 @@ class AskJob:
     kept: Path | None
     questions: list[Question] | None  # None: they are typed or piped in
 
+    @property
+    def unanswered(self) -> Path:
+        """Beside `kept`, for what is no problem that could be trained on."""
+        return (self.kept or Path(KEPT)).with_suffix(".unanswered.jsonl")
+
     def ask(self, policy: Policy) -> None:
         """Ask everything; Ctrl-C at a terminal ends one answer, and otherwise the program."""
         typing = self.questions is None and sys.stdin.isatty()
         if self.kept:
-            print(f"answers are appended to {self.kept}")
+            print(f"answers are appended to {self.kept}, those without a number to {self.unanswered.name}")
         if typing:
             print("one question a line; Ctrl-C stops an answer, Ctrl-D leaves")
         set_seed(self.config.seed)
@@ -202,7 +207,7 @@ class AskJob:
         if self.kept:
             # A line without a number would make of the file no task any more.
             usable = record["answer"] is not None
-            append_jsonl(self.kept if usable else self.kept.with_suffix(".unanswered.jsonl"), [record])
+            append_jsonl(self.kept if usable else self.unanswered, [record])
         return record
 
     def _record(self, question: Question, answer: Reply) -> dict[str, Any]:

@@ -190,12 +190,10 @@ def prepare(config: ExportConfig) -> ExportJob:
     source = find_source(loading)
     adapter = source.adapter is not None
     require(adapter or not config.merge, "merge", True, f"a LoRA adapter; {trained.model} is none")
-    require(
-        config.merge or not (adapter and Path(source.base).is_dir()),
-        "merge",
-        False,
-        f"True here: the base of this adapter is {source.base}, a folder that only this machine has",
-    )
+    if adapter and not config.merge and Path(source.base).is_dir():
+        raise ValueError(
+            f"--merge: expected with this adapter, whose base is {source.base}, a folder that only this machine has"
+        )
     if config.push_to_hub:
         check_push(config.push_to_hub, source, adapter and not config.merge)
     return ExportJob(config, trained, loading, source)

@@ -69,7 +69,7 @@ def _what(kind: str, settings: dict[str, Any], base: str | None, adapter: bool) 
     if settings.get("from_scratch"):
         begun = f"random weights in the shape of {begun}"
     how = {"GRPO": "Group Relative Policy Optimization (GRPO)", "SFT": "supervised fine-tuning"}[kind]
-    return f"{thing} trained by {how} with grpo-from-scratch. It goes back to {begun}."
+    return f"{thing} trained by {how} with grpo-from-scratch. It began with {begun}."
 
 
 def _facts(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
@@ -153,7 +153,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = {name!r}
 messages = {shown}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
 prompt = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
 )

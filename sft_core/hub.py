@@ -115,5 +115,7 @@ def push(folder: Path, name: str, card: str, private: bool) -> str:
 
 
 def _line(error: Exception) -> str:
-    cause = f" {error.__cause__}" if error.__cause__ else ""
-    return " ".join(f"{error}{cause}".split())[:240]
+    """What happened, without the addresses of manuals; huggingface_hub wraps some errors in one that says nothing."""
+    said, cause = (" ".join(str(text or "").split()) for text in (error, error.__cause__))
+    said = said.partition(" For more information check:")[0]
+    return (said if cause.startswith(said[:40]) else f"{said} {cause}".strip())[:240]

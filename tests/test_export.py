@@ -166,7 +166,7 @@ def test_an_adapter_that_nobody_else_could_open_is_not_exported_without_its_base
     adapted: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = the_error(capsys, adapted, "--output", tmp_path / "out")
-    assert error.startswith("--merge False: expected True here") and str(model) in error
+    assert error.startswith("--merge: expected with this adapter") and str(model) in error
 
 
 def test_a_run_without_a_final_model_names_its_newest_checkpoint(

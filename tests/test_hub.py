@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,11 @@ def test_the_code_in_a_card_asks_the_model_as_it_was_asked_in_training(
     trained = made_up(
         tmp_path / "run", task="t.jsonl", model="x", prompt_format=prompt_format, shots=1, max_completion_tokens=5
     )
-    card = model_card(trained, str(model), adapter=False)
-    code = card.partition("```python\n")[2].partition("```")[0].replace(repr(model.name), repr(str(model)))
+    qwen3s = tmp_path / "model"  # its template lets the model think aloud unless told not to
+    shutil.copytree(model, qwen3s)
+    template = qwen3s / "chat_template.jinja"
+    template.write_text("{% if enable_thinking is not false %}think {% endif %}" + template.read_text())
+    code = model_card(trained, str(qwen3s), adapter=False).partition("```python\n")[2].partition("```")[0]
     told: dict[str, Any] = {}
     exec(code, told)
     config = PromptConfig(prompt_format=prompt_format, shots=1)  # type: ignore[arg-type]
