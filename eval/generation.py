@@ -40,9 +40,10 @@ def generate(
     prompt_len_N: Tensor,
     config: GenerationConfig,
     temperature: float,
+    streamer: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """One completion for each prompt (a list, and a row of `prompt_NP` padded on the left), as `config` says, in the
-    policy's own precision.
+    policy's own precision. A `streamer` of transformers is shown each token of a single row as it is drawn.
 
     Returns:
         completion_NT: int64, each row's tokens up to its end; then filler.
@@ -73,6 +74,7 @@ def generate(
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder] if temperature else []),
                 stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
+                streamer=streamer,
             )
             drawn = longer[:, P + width :]
             end = width + drawn.shape[1]

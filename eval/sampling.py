@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from eval.generation import generate
 from sft_core.policy import Policy
@@ -50,8 +50,10 @@ class Samples:
         return Samples(joined, [texts[row] for row in rows], truncated_N, logp_NT)
 
 
-def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Samples:
-    """One completion for each prompt (token lists), all in one batch.
+def sample(
+    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, streamer: TextStreamer | None = None
+) -> Samples:
+    """One completion for each prompt (token lists), all in one batch; a single one is shown to `streamer` on its way.
 
     The model's shipped generation settings (repetition penalty, top-k, top-p) are not inherited: a policy gradient
     needs samples of the policy itself, and an evaluation the same decoding for every model.
@@ -68,7 +70,7 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling)
         config.update(min_p=sampling.min_p or None)
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
-    completion_NT, logp_NT = generate(policy, prompts, prompt_NP, prompt_len_N, config, sampling.temperature)
+    completion_NT, logp_NT = generate(policy, prompts, prompt_NP, prompt_len_N, config, sampling.temperature, streamer)
     completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, completion_len_N, prompt_NP.shape[1])
     if not greedy:

@@ -33,6 +33,7 @@ from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import Refused
 from sft_core.dryrun import UNTOUCHED
+from sft_core.hub import check_run_push, push_run
 from sft_core.optim import Optimizer
 from sft_core.policy import is_adapted, load_policy, load_tokenizer, without_dropout
 from sft_core.progress import Part, Progress, weights_identity
@@ -137,7 +138,7 @@ class GRPORun:
     progress: Progress
 
     def finish(self) -> Path:
-        """Train; print the comparison of before and after; return the run folder."""
+        """Train; print the comparison of before and after; upload where that is asked for; return the run folder."""
         folder = self.folder
         with closing(folder), self.progress.kept():
             before = self.held_out(0)
@@ -150,6 +151,7 @@ class GRPORun:
                 write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
             final = folder.save_final(self.learner.policy)
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
+        push_run(folder.path, self.job.config)
         return folder.path
 
     def train(self) -> None:
@@ -287,12 +289,13 @@ def prepare(config: GRPOConfig) -> GRPOJob:
     """Read the rewards, the task and the model's configuration, and refuse what cannot work.
 
     Raises:
-        ValueError: as `load_rewards`, `load_task`, `find_source` and `check_context`.
+        ValueError: as `load_rewards`, `load_task`, `find_source`, `check_context` and `check_push`.
     """
     rewards = load_rewards(config.rewards, config.reward_weights)
     check_signatures(rewards, REWARD_COLUMNS)
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_run_push(config, source, config.lora)
     task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
     task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
     return GRPOJob(config, task, rewards, source)

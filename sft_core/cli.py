@@ -91,6 +91,7 @@ def parse_config(
     presets: Path | None = None,
     default_preset: str | None = None,
     environ: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Preset, then environment, then config file, then flags, each overriding the one before; then the config's own
     `check()`. Says on stderr what the environment has set, and under --dry_run on stdout which layers are in force.
@@ -100,6 +101,7 @@ def parse_config(
 
     Args:
         environ: where ENVIRONMENT's names are looked up; none for a config that no person asks for.
+        settings: stand in for the fields' defaults.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), a value of the wrong type, a failed check,
@@ -118,7 +120,7 @@ def parse_config(
     )
     run, resumed = _run_to_go_on_with(given)
     preset = getattr(given, "preset", None) or (None if own_job or run else default_preset)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(settings or {})
     begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
     if presets and preset:
         values |= _read_file(presets / f"{preset}.yaml", parser, cls)

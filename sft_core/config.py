@@ -23,7 +23,21 @@ def flag(default: Any, help: str, *aliases: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class PromptConfig:
+    """How a question is put."""
+
+    prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
+    shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
+    system_prompt: str | None = flag(None, "replaces the format's own; '' sends none (chat templates may add theirs)")
+    max_prompt_tokens: int = flag(256, "the longest prompt")
+
+    def check(self) -> None:
+        require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
+        require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "1 or more")
+
+
+@dataclass(frozen=True)
+class TaskConfig(PromptConfig):
     """What is learned or asked."""
 
     task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in, endless), or the path of a JSONL file")
@@ -37,15 +51,13 @@ class TaskConfig:
     eval_problems: int = flag(
         200, "how many held-out problems an evaluation asks; 0: all of a test split or --eval_file, and none otherwise"
     )
-    prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
-    shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
-    system_prompt: str | None = flag(None, "replaces the format's own; '' sends none (chat templates may add theirs)")
-    max_prompt_tokens: int = flag(256, "the longest prompt; see --long_prompts")
     long_prompts: Literal["drop", "refuse"] = flag(
-        "drop", "longer prompts are dropped, and counted, before training starts, or end the run there"
+        "drop",
+        "prompts over --max_prompt_tokens are dropped, and counted, before training starts, or end the run there",
     )
 
     def check(self) -> None:
+        PromptConfig.check(self)
         require(
             self.task in ("gsm8k", "arithmetic") or Path(self.task).is_file(),
             "task",
@@ -56,10 +68,8 @@ class TaskConfig:
             self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file"
         )
         require(1 <= self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
-        require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
         for name in ("max_samples", "eval_problems"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,7 @@ PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a
 # What may differ when a run is gone on with: it moves no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
+    *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
     *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
     "eval_samples",
@@ -240,6 +251,10 @@ class RunConfig(FolderConfig):
     track: Literal["none", "wandb"] = flag(
         "none", "show the run elsewhere, too: wandb (extra: wandb; WANDB_PROJECT, WANDB_MODE, ... are W&B's own)"
     )
+    push_to_hub: str = flag(
+        "", "OWNER/NAME: upload the final model there, with a model card (needs HF_TOKEN or a login)"
+    )
+    private: bool = flag(False, "with --push_to_hub: a new repository there is for nobody but you")
 
     @property
     def save_interval(self) -> tuple[int, float]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,11 +74,10 @@ class Policy:
                 from peft import set_peft_model_state_dict
 
                 weights = load_file(folder / "adapter_model.safetensors")
+                _refuse_lacking(_adapter_names(self.model) - weights.keys())
                 set_peft_model_state_dict(self.model, weights, adapter_name="default")
             else:
-                saved = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=self.model.dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-                )
+                saved = _whole_model(str(folder), dtype=self.model.dtype, local_files_only=True)
                 self.model.load_state_dict(saved.state_dict())
 
 
@@ -108,7 +111,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     Weights are read from safetensors only and no code from a model's repository is run.
 
     Raises:
-        ValueError: as `find_source` and `load_tokenizer`; weights that cannot be loaded.
+        ValueError: as `find_source` and `load_tokenizer`; weights that cannot be loaded, or lack a tensor.
     """
     source = source or find_source(config)
     device = pick_device(config.device)
@@ -121,10 +124,9 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
         model = AutoModelForCausalLM.from_config(source.model_config, dtype=torch.float32, trust_remote_code=False)
         model.generation_config = source.generation_config
     else:
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-        options |= _four_bits(precision) if config.use_4bit else {}
+        options = _four_bits(precision) if config.use_4bit else {}
         with refused(f"--model {source.base}"):
-            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32, **options)
+            model = _whole_model(source.base, dtype=torch.float32, **options)
     if config.gradient_checkpointing:
         # transformers 5 renames the method and warns about the old name, which it drops in 6.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -187,8 +189,12 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model  # an extra; `check` and `find_source` ask for it
 
     if source.adapter is not None:
-        with refused(f"the adapter {source.adapter}"):
-            return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
+        with refused(f"the adapter {source.adapter}"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # peft's word for what is refused here
+            model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True, use_safetensors=True)
+            with safe_open(Path(source.adapter) / "adapter_model.safetensors", framework="pt") as weights:
+                _refuse_lacking(_adapter_names(model) - set(weights.keys()))
+            return model
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -197,6 +203,50 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def _whole_model(name: str, **options: Any) -> Any:
+    """A model from safetensors that hold all of its tensors; tensors that it has no place for are named.
+
+    Raises:
+        ValueError: a tensor is lacking.
+    """
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a table of what was found, which goes on in either case
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    finally:
+        transformers.logging.set_verbosity(before)
+    model, report = loaded
+    _refuse_lacking(report["missing_keys"])
+    if report["unexpected_keys"]:
+        print(f"{name}: not a part of the model, and left out: {_some(report['unexpected_keys'])}", file=sys.stderr)
+    return model
+
+
+def _adapter_names(model: Any) -> set[str]:
+    """The tensors of the adapter, by their names in its file."""
+    from peft import get_peft_model_state_dict
+
+    return set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+
+
+def _refuse_lacking(names: Collection[str]) -> None:
+    """Tensors that weights do not hold are filled at random by the libraries, which only warn. (Tied ones are not
+    lacking.)
+
+    Raises:
+        ValueError: there are some.
+    """
+    if names:
+        raise ValueError(f"the weights lack {_some(names)}")
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
 
 
 def without_dropout(model: Any) -> None:

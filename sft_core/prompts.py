@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards import extract_hash_answer, extract_xml_answer
-from sft_core.config import TaskConfig
+from sft_core.config import PromptConfig, TaskConfig
 from sft_core.source import refused
 from sft_core.tasks import Example
 
@@ -78,7 +78,7 @@ def is_terse(example: Example, worked_share: float) -> bool:
     return zlib.crc32(example.question.encode()) % 1000 >= worked_share * 1000
 
 
-def prompt_messages(example: Example, config: TaskConfig) -> list[Message]:
+def prompt_messages(example: Example, config: PromptConfig) -> list[Message]:
     """System prompt, the worked example where `--shots 1` asks for it, and the question."""
     fmt = FORMATS[config.prompt_format]
     system = fmt.system if config.system_prompt is None else config.system_prompt

@@ -39,8 +39,18 @@ def provenance(seed: int | None) -> dict[str, Any]:
 
 
 def shown_flags(flags: Sequence[str]) -> str:
-    """A command's flags for a record that others read: of absolute paths, the last part."""
-    return shlex.join(Path(flag).name if Path(flag).is_absolute() else flag for flag in flags)
+    """A command's flags for a record that others read: of absolute paths, the last part.
+
+    >>> shown_flags(["--model", "/home/me/model", "--output_dir=/home/me/run", "--task", "data/train.jsonl"])
+    '--model model --output_dir=run --task data/train.jsonl'
+    """
+    return shlex.join(map(without_folders, flags))
+
+
+def without_folders(text: str) -> str:
+    """Of an absolute path, alone or behind `--flag=`, the last part; any other text as it is."""
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def _commit() -> str | None:

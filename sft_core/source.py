@@ -61,7 +61,7 @@ def find_source(config: ModelConfig) -> Source:
     """
     base, adapter = config.model, config.adapter_path
     for flag, folder in (("--model", base), ("--adapter_path", adapter)):
-        if folder is not None and _is_a_path(folder) and not Path(folder).is_dir():
+        if folder is not None and is_a_path(folder) and not Path(folder).is_dir():
             raise ValueError(f"{flag} {folder}: no such folder")
     if adapter is None and (Path(base) / "adapter_config.json").is_file():
         adapter = base
@@ -146,7 +146,7 @@ def _base_of(path: Path, described: Any) -> str:
     return base
 
 
-def _is_a_path(name: str) -> bool:
+def is_a_path(name: str) -> bool:
     """Hub names are `name` or `owner/name`; anything rooted, deeper, or below an existing folder is meant as a path."""
     path = Path(name)
     return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or Path(path.parts[0]).is_dir()

@@ -25,6 +25,7 @@ from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.clock import Stopwatch
 from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
 from sft_core.dryrun import UNTOUCHED, sft_plan
+from sft_core.hub import check_run_push, push_run
 from sft_core.logprobs import token_logprobs
 from sft_core.optim import Optimizer
 from sft_core.policy import Policy, is_adapted, load_policy, load_tokenizer
@@ -167,10 +168,12 @@ class SFTRun:
     progress: Progress
 
     def finish(self) -> Path:
-        """Train; return the folder of the final model."""
+        """Train, and upload where that is asked for; return the folder of the final model."""
         with closing(self.folder), self.progress.kept():
             self.train()
-            return self.folder.save_final(self.policy)
+            final = self.folder.save_final(self.policy)
+        push_run(self.folder.path, self.job.config)
+        return final
 
     def train(self) -> None:
         """The steps that are still to take."""
@@ -210,10 +213,11 @@ def prepare(config: SFTConfig) -> SFTJob:
     """Read the task and the model's configuration, and refuse what cannot work.
 
     Raises:
-        ValueError: as `load_task` and `find_source`; a sequence budget over the model's context.
+        ValueError: as `load_task`, `find_source` and `check_push`; a sequence budget over the model's context.
     """
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_run_push(config, source, config.lora)
     task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
     task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
     return SFTJob(config, task, source)

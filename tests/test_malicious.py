@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import eval.__main__
@@ -277,6 +277,54 @@ def test_safetensors_that_are_cut_short_or_of_another_model_are_refused(place: P
         assert "model.safetensors: cannot be loaded" in place.asked("--model", str(weights.parent))
     save_file({"model.norm.weight": torch.zeros(5)}, weights, metadata={"format": "pt"})
     assert f"--model {weights.parent}: cannot be loaded" in place.asked("--model", str(weights.parent))
+
+
+def without(weights: Path, *names: str) -> None:
+    """Take these tensors out of a file."""
+    held = load_file(weights)
+    save_file({name: held[name] for name in held if name not in names}, weights, metadata={"format": "pt"})
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_never_filled_at_random(place: Place) -> None:
+    """The libraries make the missing ones up and warn; a run would train, or an evaluation ask, half a stranger."""
+    model, adapter = place.path / "model", place.path / "adapter"
+    norm, tied = "model.norm.weight", ["lm_head.weight", "model.embed_tokens.weight"]
+    for folder, file, names in (
+        (model, "model.safetensors", [norm]),
+        (model, "model.safetensors", [*tied, norm]),
+        (adapter, "adapter_model.safetensors", [sorted(load_file(adapter / "adapter_model.safetensors"))[0]]),
+    ):
+        kept = (folder / file).read_bytes()
+        without(folder / file, *names)
+        line = place.asked("--model", str(folder))
+        assert str(folder) in line and line.endswith(f"the weights lack {', '.join(names)})"), line
+        (folder / file).write_bytes(kept)
+    every = sorted(load_file(model / "model.safetensors"))[1:]
+    without(model / "model.safetensors", *every)
+    assert f"the weights lack {', '.join(every[:3])} and {len(every) - 3} more" in place.asked("--model", str(model))
+
+
+@pytest.mark.parametrize("run", ["run", "adapted"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_whatever_its_manifest_says(place: Place, run: str) -> None:
+    [checkpoint] = (place.path / run / "checkpoints").iterdir()
+    weights = checkpoint / ("model.safetensors" if run == "run" else "adapter_model.safetensors")
+    name = sorted(load_file(weights))[-1]
+    without(weights, name)
+    (checkpoint / "manifest.json").unlink()
+    sft_core.checkpoint._write_manifest(checkpoint)
+    line = place.ended(sft_core.train.main, "--resume", str(place.path / run))
+    assert checkpoint.name in line and line.endswith(f"the weights lack {name})")
+
+
+def test_tied_weights_are_not_lacking_and_further_ones_are_left_out_with_a_word(place: Place) -> None:
+    weights = place.path / "model" / "model.safetensors"
+    held = load_file(weights)
+    assert "lm_head.weight" not in held
+    save_file({**held, "head.of.another": torch.zeros(3)}, weights, metadata={"format": "pt"})
+    place.capsys.readouterr()
+    eval.__main__.main([*ASK, "--model", str(weights.parent), "--output_dir", str(place.path / "answers")])
+    said = place.capsys.readouterr().err
+    assert said == f"{weights.parent}: not a part of the model, and left out: head.of.another\n"
 
 
 # --- code that a model brings along
