@@ -156,6 +156,9 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     )
     shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
     eval_batch_size: int = flag(64, "held-out problems asked at once")
+    record_tokens: bool = flag(
+        True, "write each sampled token with its log-probability to tokens.jsonl, for benchmarks.browse"
+    )
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
 
     @property

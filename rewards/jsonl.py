@@ -6,28 +6,32 @@ Here because every package reads such files, and this is the package that all ot
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def read_jsonl(path: Path, torn_end: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file, in their order; nothing where there is no file.
+    """The objects of a file, in their order; nothing where there is no file. Otherwise as `each_jsonl`."""
+    return list(each_jsonl(path, torn_end)) if path.exists() else []
+
+
+def each_jsonl(path: Path, torn_end: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file one after the other, for files that are larger than memory.
 
     torn_end: the last line may be half a line, where a process was killed while it wrote; it is left out then.
 
     Raises:
         ValueError: a line is not a JSON object, with its number.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if torn_end and number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: is not JSON") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        records.append(record)
-    return records
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                if torn_end and not file.read(1):
+                    return
+                raise ValueError(f"{path}, line {number}: is not JSON") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object")
+            yield record

@@ -173,7 +173,7 @@ PASSING = ("output_dir", "resume", "overwrite")  # not part of what a run is, so
 # What may differ when a run is gone on with: it moves no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
-    *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "progress", "show_every"),
+    *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "progress", "show_every", "record_tokens"),
     *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses
 )

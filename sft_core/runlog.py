@@ -4,6 +4,7 @@ config.yaml         the resolved config; --config takes it back
 provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
+tokens.jsonl        its tokens, each with its log-probability (grpo_core/completions.py)
 heldout/            step-000000.jsonl, ...: every answer of an evaluation
 tensorboard/        the same scalars as log.jsonl
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
@@ -46,7 +47,7 @@ from sft_core.provenance import provenance
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
 
-LOGS = ("log.jsonl", "completions.jsonl", "answers.jsonl")
+LOGS = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "answers.jsonl")
 OTHERS = ("summary.json", "heldout", "tensorboard", "final", "base")
 
 

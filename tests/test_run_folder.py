@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_its_file(run: Path) 
 CHANGED = {"lr": "0.5", "group_size": "4", "max_steps": "7", "seed": "1", "beta": "0.5", "task": "gsm8k"}
 FREE = {"save_every": "7m", "keep_last": "0", "eval_every": "5", "log_every": "9", "tensorboard": "False"}
 FREE |= {"micro_batch": "3", "reward_timeout": "9", "eval_batch_size": "5", "progress": "False", "show_every": "0"}
-FREE |= {"offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
+FREE |= {"offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9", "record_tokens": "False"}
 FREE |= {"device": "cpu", "precision": "bf16"}  # tests/test_resume.py: `auto` may find another one
 
 
