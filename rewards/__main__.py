@@ -114,13 +114,15 @@ def report(found: Audit, shown: int) -> str:
     groups = f" in {found.groups} groups" if found.groups else ""
     lines = [f"{found.rows} completions{groups}; {found.accuracy:.1%} are right, judged by {found.judged_by}", ""]
     lines += [_table(found), ""]
+    remarks = []
     for column in found.columns[:-1]:
         if column.verdict:
-            lines.append(f"{column.name} {FINDINGS[column.verdict]}")
+            remarks.append(f"{column.name} {FINDINGS[column.verdict]}")
     for name, changed in found.changed.items():
         if changed:
-            lines.append(f"{name} is not what the run recorded on {len(changed)} lines, the first {changed[0]}")
-    lines += ["", "correlations (-: one of both never varies)", _correlations(found), ""]
+            remarks.append(f"{name} is not what the run recorded on {len(changed)} lines, the first {changed[0]}")
+    lines += [*remarks, ""] if remarks else []
+    lines += ["correlations (-: one of both never varies)", _correlations(found), ""]
     return "\n".join([*lines, *_disagreements(found, shown)])
 
 

@@ -124,7 +124,7 @@ def test_a_run_that_is_too_large_is_cut_to_every_kth_step_and_says_so(
     assert spaced({}, most=5)[1] == []
     recorded = read_recorded(run, most_tokens=34)
     assert [group["step"] for group in recorded["groups"]] == [1, 1, 3]
-    said = "Shown: every 2th step and the last, 2 of 3, so that the page has at most 34 tokens (--max_tokens)."
+    said = "Shown: one step in 2, and the last, 2 of 3, so that the page has at most 34 tokens (--max_tokens)."
     assert said in recorded["about"]
     browse.main([str(run), "--max_tokens", "34"])
     out = capsys.readouterr().out

@@ -63,7 +63,8 @@ function tokenBlock(row, name) {
 function bar(name, value, shown, share, both) {
   const fill = make("i", { class: value < 0 ? "neg" : "", "--w": share.toFixed(3) });
   const box = make("div", { class: both ? "bar both" : "bar" }, fill);
-  return [make("span", null, plain(name)), make("b", null, shown), box];
+  const label = plain(name).replaceAll("_", "_\u200b"); // where a long name may be broken
+  return [make("span", null, label), make("b", null, shown), box];
 }
 
 // Each reward beside the largest of its function in the run, the advantage beside the largest of all.

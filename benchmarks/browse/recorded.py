@@ -46,13 +46,18 @@ def read_recorded(run: Path, most_tokens: int = MOST_TOKENS) -> dict[str, Any]:
         raise ValueError(f"{run}: holds neither completions.jsonl nor heldout/, so there is nothing to show yet")
     training, said = _training(run, most_tokens)
     heldout, also_said = _heldout(paths, most_tokens)
-    return {"run": run.resolve().name, "about": [_about(config), *said, *also_said], **training, "heldout": heldout}
+    about = [_about(config), *said, *also_said]
+    return {"run": run.resolve().name, "about": about, **training, "heldout": heldout}
 
 
 def _about(config: dict[str, Any]) -> str:
     wanted = ("model", "task", "loss", "rewards", "prompts_per_step", "group_size", "temperature", "mu", "seed")
     shown = {name: config[name] for name in wanted if name in config}
-    return ", ".join(f"{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in shown.items()) + "."
+    values = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in shown.items()}
+    text = ", ".join(f"{name} {value}" for name, value in values.items()) + "."
+    if config.get("mu", 1) != 1:  # as the first of the step's updates applies it
+        text += " Advantages are shown as before the clipping of ratios, which acts from a step's second update on."
+    return text
 
 
 def spaced(tokens: dict[int, int], most: int) -> tuple[int, list[int]]:
@@ -93,7 +98,7 @@ def _training(run: Path, most_tokens: int) -> tuple[dict[str, Any], list[str]]:
     said = []
     if k > 1:
         said.append(
-            f"Shown: every {k}th step and the last, {len(chosen)} of {len(tokens)}, so that the page has at most "
+            f"Shown: one step in {k}, and the last, {len(chosen)} of {len(tokens)}, so that the page has at most "
             f"{most_tokens:,} tokens (--max_tokens)."
         )
     functions: list[str] = []
@@ -191,5 +196,5 @@ def _heldout(paths: dict[int, Path], most_tokens: int) -> tuple[list[dict[str, A
             empty: dict[str, Any] = {"question": question, "expected": expected, "answers": []}
             problem = problems.setdefault((question, expected, again), empty)
             problem["answers"].append({"step": step, "text": answer["response"], **_answer(answer)})
-    said = [f"Held-out: every {k}th evaluation and the last, {len(chosen)} of {len(answers)}."] if k > 1 else []
+    said = [f"Held-out: one evaluation in {k}, and the last, {len(chosen)} of {len(answers)}."] if k > 1 else []
     return list(problems.values()), said
