@@ -24,7 +24,7 @@ GROUPS: list[tuple[int, int, tuple[str, str], list[tuple[str, float, float, str]
     (1, 0, APPLES, [("3+4=7\n#### 7", 1.0, 0.7, "1111111111"), ("#### 3", 0.0, -0.7, "0100")]),
     (1, 1, PEARS, [("#### 4", 0.0, 0.0, "1111"), ("#### 6", 0.0, 0.0, "1111")]),
     (2, 0, PLUMS, [("#### 9", 1.0, 0.0, "1111"), ("#### 9", 1.0, 0.0, "1111")]),
-    (3, 0, APPLES, [("#### 7", 1.0, 1.4, "1111"), ("#### 8 and", 0.25, -1.4, "000000")]),
+    (3, 0, APPLES, [("#### 7", 1.0, 1.4, "1101"), ("#### 8 and", 0.25, -1.4, "000000")]),
 ]
 ANSWERS = {0: ("#### 3", "#### 5"), 2: ("#### 3", "5"), 3: ("#### 7", "5")}
 
@@ -218,6 +218,9 @@ def test_a_tokens_sign_is_told_by_class_and_its_numbers_by_mouse_and_keys(chromi
     assert chromium.text("#inspector") == 'token 2 of 4: " ", id 1, log p −0.50 (p = 60.7%), advantage −0.70'
     chromium.press("ArrowRight")  # no completion has the focus: the problem's next draw
     assert "step=3" in chromium.value("location.hash")
+    assert chromium.value(f"(() => {{ const block = document.querySelector('.tokens'); return {kinds}; }})()") == [
+        *("pos", "pos", "off", "pos")
+    ]
     chromium.press("ArrowLeft")
     chromium.click("article:last-of-type .tokens")
     for _ in range(9):

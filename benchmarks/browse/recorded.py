@@ -139,7 +139,7 @@ def _answer(record: dict[str, Any]) -> dict[str, Any]:
     """What training and evaluation record of an answer alike."""
     extracted = record.get("extracted")
     extracted = extracted if isinstance(extracted, str) else ""
-    right = bool(extracted) and same_number(extracted, record["expected"])
+    right = same_number(extracted, record["expected"])
     return {"extracted": extracted, "right": right, "length": record["tokens"], "truncated": record["truncated"]}
 
 
