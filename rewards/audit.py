@@ -238,9 +238,12 @@ def correlated(first: Sequence[float | None], second: Sequence[float | None]) ->
     (-1.0, None)
     """
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    columns = [a for a, _ in pairs], [b for _, b in pairs]
+    if any(len(set(column)) < 2 for column in columns):  # else a constant's rounding errors would be correlated
+        return None
     try:
-        return correlation([a for a, _ in pairs], [b for _, b in pairs])
-    except StatisticsError:  # fewer than two rows, or a constant
+        return correlation(*columns)
+    except StatisticsError:  # the squares of its differences are 0: they are below 1e-160
         return None
 
 

@@ -104,6 +104,12 @@ def test_correlations_are_numpys_over_the_rows_that_have_both(pairs: list[tuple[
         assert found == pytest.approx(numpy.corrcoef(*zip(*both, strict=True))[0, 1])
 
 
+def test_what_never_varies_is_correlated_with_nothing() -> None:
+    assert correlated([0.1, 0.1, 0.1], [0.0, 1.0, 3.0]) is None  # whose computed mean is not 0.1
+    assert correlated([0.0, 1e-170], [0.0, 1.0]) is None
+    assert correlated([1.0], [2.0]) is None and correlated([None, 1.0], [2.0, None]) is None
+
+
 def test_groups_are_the_runs_or_those_of_one_question() -> None:
     def row(question: str, **fields: Any) -> Recorded:
         return Recorded(question, "7", "7", fields)

@@ -22,7 +22,7 @@ needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs a Chromium: ap
 APPLES, PEARS, PLUMS = ("How many apples?", "7"), ("How many pears?", "5"), ("How many plums?", "9")
 GROUPS: list[tuple[int, int, tuple[str, str], list[tuple[str, float, float, str]]]] = [
     (1, 0, APPLES, [("3+4=7\n#### 7", 1.0, 0.7, "1111111111"), ("#### 3", 0.0, -0.7, "0100")]),
-    (1, 1, PEARS, [("#### 4", 0.0, 0.0, "1111"), ("#### 6", 0.0, 0.0, "1111")]),
+    (1, 1, PEARS, [("#### 4", 0.1, 0.0, "1111"), ("#### 6", 0.1, 0.0, "1111"), ("#### 8", 0.1, 0.0, "1111")]),
     (2, 0, PLUMS, [("#### 9", 1.0, 0.0, "1111"), ("#### 9", 1.0, 0.0, "1111")]),
     (3, 0, APPLES, [("#### 7", 1.0, 1.4, "1101"), ("#### 8 and", 0.25, -1.4, "000000")]),
 ]
@@ -145,6 +145,14 @@ def test_a_run_that_is_killed_in_the_middle_of_a_line_can_be_looked_at(run: Path
     assert len(read_recorded(run)["groups"]) == 4
 
 
+def test_tokens_that_are_on_file_twice_are_no_obstacle(run: Path) -> None:
+    """After --resume of a checkpoint from before there was a tokens.jsonl."""
+    tokens = (run / "tokens.jsonl").read_text()
+    once = read_recorded(run)
+    (run / "tokens.jsonl").write_text(2 * tokens)
+    assert read_recorded(run) == once
+
+
 @pytest.mark.parametrize(
     ("name", "line", "fields", "message"),
     [
@@ -226,7 +234,7 @@ def test_a_tokens_sign_is_told_by_class_and_its_numbers_by_mouse_and_keys(chromi
     for _ in range(9):
         chromium.press("ArrowRight")
     assert chromium.text("#inspector").startswith('token 4 of 4: "<|im_end|>", id 10, log p −1.50')
-    assert chromium.text("#inspector").endswith("no advantage: left out of the loss")
+    assert chromium.text("#inspector").endswith("no advantage acted on it")
     for _ in range(9):
         chromium.press("ArrowLeft")
     assert chromium.text("#inspector").startswith("token 1 of 4:") and "step=3" not in chromium.value("location.hash")
@@ -280,7 +288,7 @@ def test_a_problem_is_followed_over_time_and_the_address_keeps_the_place(chromiu
     assert chromium.texts(".strip button") == ["step 1: mean 0.50", "step 3: mean 0.63"]
     chromium.click(".strip li:last-child button")
     assert chromium.texts(".tokens")[0] == "#### 7<|im_end|>"
-    assert chromium.texts(".badge") == ["truncated", "left out of the loss"]
+    assert chromium.texts(".badge") == ["truncated", "no advantage acted on it"]
     there = chromium.value("location.href")
     chromium.value("history.back()")
     chromium.wait("document.querySelector('.tokens').innerText.startsWith('3+4')")

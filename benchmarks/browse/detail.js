@@ -28,7 +28,7 @@ function inspect(block, i) {
   const [piece, logp, kept] = row.tokens[block.at], [id, text] = data.pieces[piece];
   const share = number(100 * Math.exp(logp / 100), 1);
   const likely = logp === null ? "no log-probability" : `log p ${number(logp / 100)} (p = ${share}%)`;
-  const acted = !kept ? "no advantage: left out of the loss" : `advantage ${signed(row.advantage)}`;
+  const acted = !kept ? "no advantage acted on it" : `advantage ${signed(row.advantage)}`;
   const said = text === "" ? "(part of the next character)" : plain(JSON.stringify(text));
   const which = `token ${block.at + 1} of ${row.tokens.length}`;
   byId("inspector").textContent = `${which}: ${said}, id ${id}, ${likely}, ${acted}`;
@@ -93,7 +93,7 @@ function rowCard(row) {
     make("h3", null, `Completion ${row.row}`),
     make("span", null, "reward ", make("strong", null, number(row.reward))),
     ...verdict(row),
-    leftOut ? make("span", { class: "badge" }, "left out of the loss") : null);
+    leftOut ? make("span", { class: "badge" }, "no advantage acted on it") : null);
   const name = `Completion ${row.row}, advantage ${signed(row.advantage)}`;
   const body = row.tokens ? tokenBlock(row, name) : cutText(row.text);
   return make("article", { "aria-label": name }, facts, bars(row), body);

@@ -3,25 +3,30 @@
 // --- what is there: groups of training in their order, held-out problems
 
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+const deviation = (values) => Math.sqrt(mean(values.map((value) => (value - mean(values)) ** 2)));
+const rows = data.groups.flatMap((group) => group.rows);
+const largestOf = (value) => // not Math.max(...values), which takes only so many
+  rows.reduce((most, row) => Math.max(most, Math.abs(value(row) || 0)), 1e-9);
 const groups = data.groups.map((group) => {
   const rewards = group.rows.map((row) => row.reward).filter((reward) => reward !== null);
-  const average = rewards.length ? mean(rewards) : null;
   return {
     ...group,
     problem: data.problems[group.problem],
     id: group.problem,
-    mean: average,
-    spread: rewards.length ? Math.sqrt(mean(rewards.map((r) => (r - average) ** 2))) : 0,
+    mean: rewards.length ? mean(rewards) : null,
+    spread: new Set(rewards).size > 1 ? deviation(rewards) : 0, // of equal ones it would be a rounding error
     right: group.rows.filter((row) => row.right).length,
     truncated: group.rows.filter((row) => row.truncated).length,
   };
 });
 const visits = new Map(); // problem -> its groups, earliest first
-for (const group of groups) visits.set(group.id, [...(visits.get(group.id) || []), group]);
+for (const group of groups) {
+  if (visits.has(group.id)) visits.get(group.id).push(group);
+  else visits.set(group.id, [group]);
+}
 const steps = [...new Set(groups.map((group) => group.step))];
-const largest = Math.max(1e-9, ...groups.map((g) => Math.max(...g.rows.map((row) => Math.abs(row.advantage || 0)))));
-const scale = data.functions.map((_, i) =>
-  Math.max(1e-9, ...groups.map((g) => Math.max(...g.rows.map((row) => Math.abs(row.rewards[i] || 0))))));
+const largest = largestOf((row) => row.advantage);
+const scale = data.functions.map((_, i) => largestOf((row) => row.rewards[i]));
 const heldout = data.heldout.map((problem) => {
   const verdicts = problem.answers.map((answer) => answer.right);
   return {

@@ -105,9 +105,10 @@ def _training(run: Path, most_tokens: int) -> tuple[dict[str, Any], list[str]]:
     problems: dict[tuple[str, str], int] = {}
     groups: dict[tuple[int, int], dict[str, Any]] = {}
     rows: dict[tuple[int, int], dict[str, Any]] = {}
+    wanted = set(chosen)
     for record in _checked(path, COMPLETION) if tokens else ():
         step, number, row = record["step"], record["group"], record["row"]
-        if step not in chosen:
+        if step not in wanted:
             continue
         functions += [name for name in record["rewards"] if name not in functions]
         problem = problems.setdefault((record["question"], record["expected"]), len(problems))
@@ -116,7 +117,7 @@ def _training(run: Path, most_tokens: int) -> tuple[dict[str, Any], list[str]]:
         group["rows"].append(rows[step, row])
     for row_ in rows.values():  # functions that a later record brought
         row_["rewards"] += [None] * (len(functions) - len(row_["rewards"]))
-    pieces = _with_tokens(rows, run / "tokens.jsonl", set(chosen))
+    pieces = _with_tokens(rows, run / "tokens.jsonl")
     if rows and not pieces:
         said.append("There is no tokens.jsonl (--record_tokens), so completions are shown as text.")
     pairs = [{"question": question, "expected": expected} for question, expected in problems]
@@ -143,11 +144,11 @@ def _answer(record: dict[str, Any]) -> dict[str, Any]:
     return {"extracted": extracted, "right": right, "length": record["tokens"], "truncated": record["truncated"]}
 
 
-def _with_tokens(rows: dict[tuple[int, int], dict[str, Any]], path: Path, chosen: set[int]) -> list[tuple[int, str]]:
+def _with_tokens(rows: dict[tuple[int, int], dict[str, Any]], path: Path) -> list[tuple[int, str]]:
     """Give each row its tokens in place of its text; the table of the pieces."""
     places: dict[tuple[int, str], int] = {}
     for number, record in enumerate(_checked(path, TOKENS) if path.is_file() else (), 1):
-        row = rows.get((record["step"], record["row"])) if record["step"] in chosen else None
+        row = rows.get((record["step"], record["row"]))
         if row is None:
             continue
         parts = (record["ids"], record["pieces"], record["logps"], record["kept"])
@@ -159,14 +160,14 @@ def _with_tokens(rows: dict[tuple[int, int], dict[str, Any]], path: Path, chosen
             (places.setdefault((id_, str(piece)), len(places)), _hundredths(logp), int(kept == "1"))
             for id_, piece, logp, kept in zip(*parts, strict=True)
         ]
-        del row["text"]
+        row.pop("text", None)
     return list(places)
 
 
 def _finite(value: Any) -> float | None:
-    """A number to four digits; None for anything else."""
+    """A number to six digits; None for anything else."""
     known = isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value)
-    return float(f"{value:.4g}") if known else None
+    return float(f"{value:.6g}") if known else None
 
 
 def _hundredths(logp: Any) -> int | None:
