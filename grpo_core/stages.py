@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_core.stageflags import CONFIGS, MODES, PRESETS, Given, given_in, own_parser, shared_out
-from sft_core.cli import as_flags, from_environment, parse_config, preset_names, read_yaml, say_environment
+from sft_core.cli import (
+    as_flags,
+    from_environment,
+    parse_config,
+    preset_names,
+    read_yaml,
+    say_environment,
+    told_layers,
+)
 from sft_core.config import NEWEST, PASSING
 from sft_core.runlog import fresh_folder
 from sft_core.source import find_source
@@ -125,9 +133,7 @@ def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     configs, start = _configs(stages, preset, rest, mode, folder)
     in_force = _in_force(outer, start, folder)
     say_environment(in_force)
-    layers = [f"preset {preset}" if preset else "", "the environment" if in_force else "", str(file or "")]
-    layers += [" ".join(given.name for given in stages_typed)]
-    said = " < ".join(filter(None, ["defaults", *layers]))
+    said = told_layers(preset, in_force, file, [given.name for given in stages_typed])
     return Settings(mode, stages, configs, start, folder, bool(own.resume), own.overwrite, own.dry_run, preset, said)
 
 

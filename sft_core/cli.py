@@ -114,9 +114,9 @@ def parse_config(
     if getattr(given, "resume", None) not in (None, NEWEST):
         outer.pop("output_dir", None)  # the run is named already
         given, _ = parser.parse_known_args([*as_flags(outer), *argv])
-    named = {argument.split("=")[0] for argument in argv}
+    named = {argument.split("=")[0] for argument in argv} | {f"--{name}" for name in outer}
     own_job = "--config" in named or any(
-        (f"--{name}" in named or name in outer) and getattr(given, name) != built_in
+        f"--{name}" in named and getattr(given, name) != built_in
         for name, built_in in (("model", "tiny"), ("task", "arithmetic"))
     )
     run, resumed = _run_to_go_on_with(given)
@@ -143,11 +143,21 @@ def parse_config(
     in_force = {name: value for name, value in outer.items() if getattr(config, name) == value}
     say_environment(in_force)
     if getattr(config, "dry_run", False):
-        own = sorted(named - {"--preset", "--config", "--dry_run"} & {f for f in named if f.startswith("--")})
-        layers = [f"preset {preset}" if preset else "", f"the run in {run}" if run and not preset else ""]
-        layers += ["the environment" if in_force else "", f"{given.config}" if given.config else "", " ".join(own)]
-        print("settings: " + " < ".join(filter(None, ["defaults", *layers])))
+        typed = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
+        beneath = given.config or (run if run and not preset else None)
+        print(f"settings: {told_layers(preset, in_force, beneath, typed)}")
     return config
+
+
+def told_layers(preset: str | None, in_force: Mapping[str, str], file: Path | None, typed: Sequence[str]) -> str:
+    """What a config was put together from, for people.
+
+    >>> told_layers("t4", {"model": "m"}, Path("mine.yaml"), ["--preset", "--config", "--lr", "--dry_run"])
+    'defaults < preset t4 < environment < mine.yaml < --lr'
+    """
+    own = " ".join(flag for flag in typed if flag not in ("--preset", "--config", "--dry_run"))
+    layers = [f"preset {preset}" if preset else "", "environment" if in_force else "", str(file or ""), own]
+    return " < ".join(filter(None, ["defaults", *layers]))
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, str]:

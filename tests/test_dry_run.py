@@ -191,4 +191,4 @@ def test_every_program_reads_its_environment(
     main([*flags, "--dry_run"])
     out, err = capsys.readouterr()
     assert str(model) in lines_of(out)["model"] and "runs/mine (new)" in lines_of(out)["folder"]
-    assert err.count("\n") == 1 and "the environment" in lines_of(out)["settings"]
+    assert err.count("\n") == 1 and "< environment <" in lines_of(out)["settings"]
