@@ -105,6 +105,8 @@ def push(folder: Path, name: str, card: str, private: bool) -> str:
     address."""
     api = HfApi()
     address = api.create_repo(name, private=private or None, exist_ok=True)
+    if private and not api.repo_info(name).private:
+        raise ValueError("--private: the repository is there already, for everybody to see")
     # What --resume needs of a checkpoint is nobody else's concern.
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, CARD)]
     files = [path for path in files if path.relative_to(folder).parts[0] != "training"]
