@@ -92,7 +92,8 @@ class ExportJob:
                 print(f"zip:    {zipped(folder, Path(config.zip))}")
             if config.push_to_hub:
                 again = [config.model, *(["--adapter_path", config.adapter_path] if config.adapter_path else [])]
-                with pushing([*again, *(["--merge"] if config.merge else [])], config.push_to_hub):
+                again += [f"--{name}" for name in ("merge", "private") if getattr(config, name)]
+                with pushing(again, config.push_to_hub):
                     print(f"pushed: {push(folder, config.push_to_hub, self.card, config.private)}")
 
     @contextmanager
@@ -173,8 +174,8 @@ def prepare(config: ExportConfig) -> ExportJob:
     """Read the configuration of the model, and refuse what cannot work.
 
     Raises:
-        ValueError: as `find_both`, `find_source`, `check_push` and `model_card`; --merge without an adapter, or an adapter that
-            nobody else could open without it.
+        ValueError: as `find_both`, `find_source`, `check_push` and `model_card`; --merge without an adapter, or an
+            adapter that nobody else could open without it.
     """
     trained, names = find_both(config.model, config.adapter_path)
     loading = dataclasses.replace(ModelConfig(device="cpu", precision="float32", half_copies=False), **names)

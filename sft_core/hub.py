@@ -75,7 +75,7 @@ def push_run(run: Path, config: RunConfig) -> None:
     if config.push_to_hub:
         trained = find_trained(str(run))
         adapter = (Path(trained.model) / "adapter_config.json").is_file()
-        with pushing([str(run)], config.push_to_hub):
+        with pushing([str(run), *(["--private"] if config.private else [])], config.push_to_hub):
             card = model_card(trained, config.push_to_hub, adapter)
             print(f"pushed: {push(Path(trained.model), config.push_to_hub, card, config.private)}")
 

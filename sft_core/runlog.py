@@ -8,6 +8,7 @@ heldout/            step-000000.jsonl, ...: every answer of an evaluation
 tensorboard/        the same scalars as log.jsonl
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
 final/              the final model or adapter; written last, so a folder that has it is finished
+asked.jsonl         what `python -m eval.ask` was answered; not the run's own, so no run deletes it
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_push_again(
     run = tmp_path / "a run"
     hub.fails = "/commit/main"
     with pytest.raises(SystemExit) as end:
-        sft_core.train.main([*command(model, run, own=SFT), "--push_to_hub", "me/small"])
+        sft_core.train.main([*command(model, run, own=SFT), "--push_to_hub", "me/small", "--private"])
     assert end.value.code == 1
     error = the_error(capsys)
     assert error.startswith("me/small was not pushed (") and "503" in error
@@ -119,7 +119,10 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_push_again(
     hub.fails = ""
     again = shlex.split(error.partition("push again: ")[2])
     assert again[:3] == ["python", "-m", "eval.export"]
+    del hub.repositories["me/small"]  # and what was to be private stays so
+    hub.private.clear()
     eval.export.main(again[3:])
+    assert hub.private == {"me/small"}
     weights = load(hub.repositories["me/small"]["model.safetensors"])
     expected = load_file(run / "final" / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
