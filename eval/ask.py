@@ -32,7 +32,7 @@ from sft_core.prompts import FORMATS, encode_prompt, prompt_messages
 from sft_core.runlog import append_jsonl
 from sft_core.source import Source, check_context, find_source
 from sft_core.tasks import LONE_SURROGATE, Example
-from sft_core.trained import find_trained, model_first
+from sft_core.trained import find_both, model_first
 
 KEPT = "asked.jsonl"
 
@@ -307,13 +307,13 @@ def prepare(argv: Sequence[str]) -> AskJob:
     """Read the command line, the run's settings and the questions, and refuse what cannot work.
 
     Raises:
-        ValueError: as `parse_config`, `find_trained`, `read_questions`, `find_source` and `check_context`.
+        ValueError: as `parse_config`, `find_both`, `read_questions`, `find_source` and `check_context`.
     """
     config = parse_config(AskConfig, model_first(argv))
-    trained = find_trained(config.model)
+    trained, names = find_both(config.model, config.adapter_path)
     if trained.run:
         config = parse_config(AskConfig, model_first(argv), settings=trained.prompt_settings())
-    config = replace(config, model=trained.model)
+    config = replace(config, **names)
     questions = [Question(whole(text)) for text in config.question] or None
     if config.questions:
         questions = read_questions(Path(config.questions))

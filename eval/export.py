@@ -31,7 +31,7 @@ from sft_core.config import ModelConfig, Refused, flag, require
 from sft_core.hub import CARD, check_push, push, pushing
 from sft_core.policy import Policy, load_policy
 from sft_core.source import Source, find_source
-from sft_core.trained import Trained, find_trained, model_first
+from sft_core.trained import Trained, find_both, model_first
 
 # Of the largest logit. Merging moves float32's roundings: 2e-6 in the 24 layers of Qwen2.5-0.5B's shape.
 TOLERANCE = 3e-5
@@ -71,9 +71,9 @@ class ExportJob:
     """A checked configuration; no weight has been read."""
 
     config: ExportConfig
-    trained: Trained
     loading: ModelConfig
     source: Source
+    card: str
 
     def run(self) -> None:
         """Export, and say what was made.
@@ -83,24 +83,18 @@ class ExportJob:
             ValueError: as `load_policy`.
         """
         policy = load_policy(self.loading, self.source)
-        config, card = self.config, self.card()
+        config = self.config
         with self._folder() as folder:
-            write_whole(folder, lambda path: self._write(policy, path, card))
+            write_whole(folder, lambda path: self._write(policy, path))
             if config.output:
                 print(f"folder: {folder}")
             if config.zip:
                 print(f"zip:    {zipped(folder, Path(config.zip))}")
             if config.push_to_hub:
-                with pushing([config.model, *(["--merge"] if config.merge else [])], config.push_to_hub):
-                    print(f"pushed: {push(folder, config.push_to_hub, card, config.private)}")
-
-    def card(self) -> str:
-        """The run's; without a run the one that is there; else one that says that nothing is known."""
-        config, own = self.config, Path(self.trained.model) / CARD
-        if self.trained.run is None and own.is_file() and not config.merge:
-            return own.read_text(encoding="utf-8", errors="replace")
-        name = config.push_to_hub or Path(config.output).name or Path(config.zip).stem
-        return model_card(self.trained, name, adapter=self.source.adapter is not None and not config.merge)
+                again = [config.model, *(["--adapter_path", config.adapter_path] if config.adapter_path else [])]
+                again += [f"--{name}" for name in ("merge", "private") if getattr(config, name)]
+                with pushing(again, config.push_to_hub):
+                    print(f"pushed: {push(folder, config.push_to_hub, self.card, config.private)}")
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -111,7 +105,7 @@ class ExportJob:
             with TemporaryDirectory() as place:
                 yield Path(place) / "model"
 
-    def _write(self, policy: Policy, folder: Path, card: str) -> None:
+    def _write(self, policy: Policy, folder: Path) -> None:
         """Fill the folder, open it again, and print how far its logits are from those of the start."""
         expected, model = logits(policy.model), policy.model
         if self.config.merge:
@@ -120,7 +114,7 @@ class ExportJob:
                 f"merged:   logits within {difference(expected, logits(model), 'the merged model'):.1e} of the largest"
             )
         dataclasses.replace(policy, model=model).save(folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(self.card, encoding="utf-8")
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         apart = difference(expected, logits(reloaded), "the export, opened again,")
         print(f"reloaded: logits within {apart:.1e} of the largest")
@@ -180,13 +174,11 @@ def prepare(config: ExportConfig) -> ExportJob:
     """Read the configuration of the model, and refuse what cannot work.
 
     Raises:
-        ValueError: as `find_trained`, `find_source` and `check_push`; --merge without an adapter, or an adapter that
-            nobody else could open without it.
+        ValueError: as `find_both`, `find_source`, `check_push` and `model_card`; --merge without an adapter, or an
+            adapter that nobody else could open without it.
     """
-    trained = find_trained(config.model)
-    loading = ModelConfig(
-        model=trained.model, adapter_path=config.adapter_path, device="cpu", precision="float32", half_copies=False
-    )
+    trained, names = find_both(config.model, config.adapter_path)
+    loading = dataclasses.replace(ModelConfig(device="cpu", precision="float32", half_copies=False), **names)
     source = find_source(loading)
     adapter = source.adapter is not None
     require(adapter or not config.merge, "merge", True, f"a LoRA adapter; {trained.model} is none")
@@ -196,7 +188,15 @@ def prepare(config: ExportConfig) -> ExportJob:
         )
     if config.push_to_hub:
         check_push(config.push_to_hub, source, adapter and not config.merge)
-    return ExportJob(config, trained, loading, source)
+    return ExportJob(config, loading, source, card_of(config, trained, adapter and not config.merge))
+
+
+def card_of(config: ExportConfig, trained: Trained, adapter: bool) -> str:
+    """The run's; without a run the one that is there; else one that says that nothing is known."""
+    own = Path(trained.model) / CARD
+    if trained.run is None and own.is_file() and not config.merge:
+        return own.read_text(encoding="utf-8", errors="replace")
+    return model_card(trained, config.push_to_hub or Path(config.output).name or Path(config.zip).stem, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -36,6 +36,7 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
     """
     settings, base = trained.settings(), trained.hub_base()
     log = read_jsonl(trained.run / "log.jsonl", torn_end=True) if trained.run else []
+    log = [line for line in log if line["step"] <= trained.step]
     held = [line for line in log if line.get("kind") == "eval"]
     kind = _kind(settings)
     metadata = ModelCardData(
@@ -44,7 +45,7 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
         pipeline_tag="text-generation",
         tags=[tag for tag, there in (("grpo", kind == "GRPO"), ("sft", kind == "SFT"), ("lora", adapter)) if there],
         datasets=[GSM8K] if settings.get("task") == "gsm8k" else None,
-        **_results(name, settings, held),
+        **_results(name, settings, log),
     )
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {name.split('/')[-1]}", _what(kind, settings, base, adapter)]
     if kind:
@@ -119,9 +120,12 @@ def _accuracy(held: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "One greedy answer to each problem, scored strictly; Wilson intervals."])
 
 
-def _results(name: str, settings: dict[str, Any], held: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last accuracy for the hub's leaderboards, where it was measured on a data set that the hub has."""
-    asked = [line for line in held if line.get("accuracy") is not None]
+def _results(name: str, settings: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The accuracy for the hub's leaderboards, where it was measured after the last step on a data set of the hub."""
+    last = max((line["step"] for line in log), default=0)
+    asked = [
+        line for line in log if line.get("accuracy") is not None and line["kind"] == "eval" and line["step"] == last
+    ]
     if not asked or settings.get("task") != "gsm8k" or settings.get("eval_file"):
         return {}
     result = EvalResult(

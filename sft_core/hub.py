@@ -75,7 +75,7 @@ def push_run(run: Path, config: RunConfig) -> None:
     if config.push_to_hub:
         trained = find_trained(str(run))
         adapter = (Path(trained.model) / "adapter_config.json").is_file()
-        with pushing([str(run)], config.push_to_hub):
+        with pushing([str(run), *(["--private"] if config.private else [])], config.push_to_hub):
             card = model_card(trained, config.push_to_hub, adapter)
             print(f"pushed: {push(Path(trained.model), config.push_to_hub, card, config.private)}")
 
@@ -105,6 +105,8 @@ def push(folder: Path, name: str, card: str, private: bool) -> str:
     address."""
     api = HfApi()
     address = api.create_repo(name, private=private or None, exist_ok=True)
+    if private and not api.repo_info(name).private:
+        raise ValueError("--private: the repository is there already, for everybody to see")
     # What --resume needs of a checkpoint is nobody else's concern.
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, CARD)]
     files = [path for path in files if path.relative_to(folder).parts[0] != "training"]

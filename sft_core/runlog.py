@@ -11,6 +11,7 @@ summary.json        what was measured, at the end; of `python -m eval` as a tabl
 tensorboard/, wandb/ the same scalars as log.jsonl, and samples of the completions (sft_core/trackers.py)
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
 final/              the final model or adapter; written last, so a folder that has it is finished
+asked.jsonl         what `python -m eval.ask` was answered; not the run's own, so no run deletes it
 """
 
 from __future__ import annotations

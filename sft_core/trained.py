@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sft_core.checkpoint import checkpoints
+from sft_core.checkpoint import checkpoints, is_checkpoint, step_of
 from sft_core.config import PromptConfig
 from sft_core.source import is_a_path
 
@@ -22,6 +23,12 @@ class Trained:
 
     model: str
     run: Path | None
+
+    @property
+    def step(self) -> float:
+        """The last step that the model has seen: a checkpoint's own, else the run's last one, whatever it is."""
+        path = Path(self.model)
+        return step_of(path) if self.run and is_checkpoint(path) else math.inf
 
     def settings(self) -> dict[str, Any]:
         """The run's config.yaml; nothing without a run.
@@ -74,6 +81,17 @@ def find_trained(name: str) -> Trained:
         return Trained(str(path / "final"), path)
     above = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
     return Trained(name, next((run for run in above if path.is_dir() and _is_run(run)), None))
+
+
+def find_both(model: str, adapter: str | None) -> tuple[Trained, dict[str, Any]]:
+    """The one that was trained last, the adapter where there is one, and what --model and --adapter_path mean.
+
+    Raises:
+        ValueError: as `find_trained`.
+    """
+    below = find_trained(model)
+    last = find_trained(adapter) if adapter else below
+    return last, {"model": below.model, "adapter_path": last.model if adapter else None}
 
 
 def model_first(argv: Sequence[str]) -> list[str]:

@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         files, sha = self.hub.repositories[name], self.hub.sha(name)
         if rest == "" or rest.startswith("revision/"):
             siblings = [{"rfilename": path} for path in files]
-            return self.answer(200, {"id": name, "sha": sha, "siblings": siblings, "private": False, "tags": []})
+            about = {"id": name, "sha": sha, "private": name in self.hub.private, "tags": []}
+            return self.answer(200, {**about, "siblings": siblings})
         if rest.startswith("tree/"):
             folder = "/".join(rest.split("/")[2:])
             entries = [path for path in files if path.startswith(folder)]

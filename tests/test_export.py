@@ -69,6 +69,14 @@ def test_a_run_its_final_model_and_a_checkpoint_are_exported_by_their_names(whol
         assert not (tmp_path / str(number) / "training").exists()
 
 
+def test_an_adapter_on_a_model_is_told_of_by_its_own_run(adapted: Path, model: Path, tmp_path: Path) -> None:
+    exported(model, "--adapter_path", adapted, "--merge", "--output", tmp_path / "merged")
+    assert "trained by supervised fine-tuning" in (tmp_path / "merged" / "README.md").read_text()
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert torch.allclose(logits(PeftModel.from_pretrained(base, adapted / "final")), found, atol=1e-5)
+
+
 def test_a_zip_holds_the_export_and_is_the_same_byte_for_byte_each_time(whole: Path, tmp_path: Path) -> None:
     exported(whole, "--zip", tmp_path / "model.zip", "--output", tmp_path / "folder")
     digest = hashlib.sha256((tmp_path / "model.zip").read_bytes()).hexdigest()
@@ -160,6 +168,16 @@ def test_a_mistake_is_one_line_and_overwrites_nothing(
     assert the_error(capsys, whole, *flags).startswith(said)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "taken", "taken.zip"]
     assert Path("taken.zip").read_text() == "mine"
+
+
+def test_a_log_that_cannot_be_read_is_named_before_any_weight_is_read(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_text("nope\n{}\n")
+    forbid_models(monkeypatch)
+    error = the_error(capsys, tmp_path / "run", "--output", tmp_path / "out")
+    assert error == f"{tmp_path / 'run' / 'log.jsonl'}, line 1: is not JSON"
 
 
 def test_an_adapter_that_nobody_else_could_open_is_not_exported_without_its_base(

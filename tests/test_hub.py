@@ -111,7 +111,7 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_push_again(
     run = tmp_path / "a run"
     hub.fails = "/commit/main"
     with pytest.raises(SystemExit) as end:
-        sft_core.train.main([*command(model, run, own=SFT), "--push_to_hub", "me/small"])
+        sft_core.train.main([*command(model, run, own=SFT), "--push_to_hub", "me/small", "--private"])
     assert end.value.code == 1
     error = the_error(capsys)
     assert error.startswith("me/small was not pushed (") and "503" in error
@@ -119,10 +119,23 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_push_again(
     hub.fails = ""
     again = shlex.split(error.partition("push again: ")[2])
     assert again[:3] == ["python", "-m", "eval.export"]
+    del hub.repositories["me/small"]  # and what was to be private stays so
+    hub.private.clear()
     eval.export.main(again[3:])
+    assert hub.private == {"me/small"}
     weights = load(hub.repositories["me/small"]["model.safetensors"])
     expected = load_file(run / "final" / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_what_is_to_be_private_is_not_pushed_where_everybody_sees_it(
+    hub: Hub, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories["me/open"] = {}
+    with pytest.raises(SystemExit) as end:
+        eval.export.main([str(whole), "--push_to_hub", "me/open", "--private"])
+    assert end.value.code == 1 and "there already, for everybody to see" in the_error(capsys)
+    assert hub.repositories["me/open"] == {} and hub.blobs == {}
 
 
 def test_ctrl_c_during_an_upload_says_how_to_push_again_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +213,11 @@ def test_the_cards_numbers_are_the_runs(whole: Path) -> None:
     assert str(whole.parent) not in card and str(Path.home()) not in card
 
 
+def test_the_card_of_a_checkpoint_tells_nothing_of_later_steps(whole: Path) -> None:
+    card = model_card(find_trained(str(whole / "checkpoints" / "step-000002")), "me/small", adapter=False)
+    assert "| optimizer steps | 2 |" in card and "| 0 | 0.0% |" in card and "| 3 | " not in card
+
+
 def made_up(folder: Path, **settings: Any) -> Trained:
     """A run folder with a config of its own, and nothing else."""
     (folder / "final").mkdir(parents=True)
@@ -213,7 +231,8 @@ def test_an_accuracy_on_gsm8k_is_told_to_the_hub_in_its_own_terms(tmp_path: Path
     trained = made_up(tmp_path / "grpo", task="gsm8k", model=sft.model, group_size=8, prompts_per_step=4,
                       rewards=["a", "b"], reward_weights=[1.0, 0.5])  # fmt: skip
     line = {"kind": "eval", "step": 9, "accuracy": 0.25, "accuracy_low": 0.2, "accuracy_high": 0.3, "problems": 200}
-    (tmp_path / "grpo" / "log.jsonl").write_text(json.dumps(line) + "\n")
+    steps = [{"kind": "train", "step": step} for step in (1, 9)]
+    (tmp_path / "grpo" / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (*steps, line)))
     data = ModelCard(model_card(trained, "me/math", adapter=False)).data
     assert (data.base_model, data.datasets, data.model_name) == ("Qwen/Qwen2.5-0.5B", ["openai/gsm8k"], "math")
     [result] = data.eval_results
