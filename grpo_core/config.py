@@ -159,6 +159,9 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     eval_samples: int = flag(
         0, "samples of each held-out problem beside the greedy answer, at --temperature, for pass@k and maj@k; 0: none"
     )
+    record_tokens: bool = flag(
+        True, "write each sampled token with its log-probability to tokens.jsonl, for benchmarks.browse"
+    )
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
 
     @property

@@ -136,21 +136,32 @@ class Run:
         return Change(shares[0], shares[-1], max(shares), math.sqrt(variance))
 
 
-def read_run(folder: Path, completions: bool = True) -> Run:
-    """The run folder of GRPO or of SFT; without its completions, which may be many, where they are not wanted.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run of GRPO or of SFT.
 
     Raises:
-        ValueError: it is no such folder, or a line before the last one is no JSON object.
+        ValueError: the folder holds no such run.
     """
-    for name in ("config.yaml", "log.jsonl"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: expected a run folder; there is no {name} in it")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: expected a run folder; there is no config.yaml in it")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / 'config.yaml'}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict) or not {"group_size", "batch_size"} & set(config) or "lr" not in config:
         raise ValueError(f"{folder}: expected a run of grpo_core.train or sft_core.train, not this config.yaml")
+    return config
+
+
+def read_run(folder: Path, completions: bool = True) -> Run:
+    """The run folder of GRPO or of SFT; without its completions, which may be many, where they are not wanted.
+
+    Raises:
+        ValueError: it is no such folder, or a line before the last one is no JSON object.
+    """
+    config = read_config(folder)
+    if not (folder / "log.jsonl").is_file():
+        raise ValueError(f"{folder}: expected a run folder; there is no log.jsonl in it")
     log = read_jsonl(folder / "log.jsonl", torn_end=True)
     return Run(
         folder.resolve().name,

@@ -51,6 +51,7 @@ class StepReport:
 
     rollout: Rollout
     advantage_BG: Tensor
+    kept_NT: Tensor  # bool: the tokens that the advantage acts on
     tally: Tally
     grad_norm: float
     learning_rate: float
@@ -113,4 +114,4 @@ def grpo_step(learner: Learner, examples: Sequence[Example], more: Draw | None =
         if learner.reference:
             learner.reference.follow()
     tally.compare(rollout.samples.logp_NT, old_logp_NT, rows.mask_NT)
-    return StepReport(rollout, advantage_BG, tally, grad_norm, learning_rate, clock)
+    return StepReport(rollout, advantage_BG, kept_NT, tally, grad_norm, learning_rate, clock)

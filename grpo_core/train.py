@@ -20,13 +20,14 @@ from eval.compare import paired, verdict
 from eval.evaluate import Evaluation, evaluate, read_answers
 from eval.report import side_by_side, summary_table
 from eval.statistics import sizes
+from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.config import GRPOConfig
 from grpo_core.dryrun import grpo_plan
 from grpo_core.memory import forecast
-from grpo_core.metrics import extracted_and_expected, step_record
+from grpo_core.metrics import step_record
 from grpo_core.reference import Reference
 from grpo_core.rollout import REWARD_COLUMNS
-from grpo_core.step import Learner, StepReport, grpo_step
+from grpo_core.step import Learner, grpo_step
 from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
 from sft_core.checkpoint import write_text
@@ -158,6 +159,7 @@ class GRPORun:
         """The steps of Algorithm 1 that are still to take, with what people want to see of them."""
         config, policy, optimizer = self.job.config, self.learner.policy, self.learner.optimizer
         task, steps, done = self.job.task, self.job.steps, self.progress.step
+        pieces = Pieces(policy.tokenizer)
         policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
         self.look(done)  # a run that stopped at an evaluation makes up for it
         bar = tqdm(range(done + 1, steps + 1), "GRPO", steps, initial=done, disable=not config.progress, unit="step")
@@ -179,6 +181,8 @@ class GRPORun:
                 self.folder.log("train", step, {**about, **record})
             completions = completion_records(step, report, config)
             append_jsonl(self.folder.path / "completions.jsonl", completions)
+            if config.record_tokens:
+                append_jsonl(self.folder.path / "tokens.jsonl", token_records(step, report, pieces))
             if config.show_every and step % config.show_every == 0:
                 bar.write(shown(completions[0]))
                 self.folder.show(completions[0])
@@ -239,31 +243,6 @@ def answered(folder: RunFolder, step: int) -> Evaluation | None:
         print(f"no comparison with step {step}: {path} is damaged or gone", file=sys.stderr)
         return None
     return Evaluation(answers, record["seconds"])
-
-
-def completion_records(step: int, report: StepReport, config: GRPOConfig) -> list[dict[str, Any]]:
-    """A record for each sampled completion."""
-    extracted, expected = extracted_and_expected(report, config)
-    rollout, samples = report.rollout, report.rollout.samples
-    reward_N, advantage_N = rollout.reward_BG.flatten().tolist(), report.advantage_BG.flatten().tolist()
-    lengths_N, truncated_N = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
-    return [
-        {
-            "step": step,
-            "row": row,
-            "group": row // config.group_size,
-            "question": rollout.examples[row // config.group_size].question,
-            "expected": expected[row],
-            "response": samples.texts[row],
-            "extracted": extracted[row],
-            "reward": reward_N[row],
-            "rewards": {name: values[row] for name, values in rollout.scores.by_function.items()},
-            "advantage": advantage_N[row],
-            "tokens": lengths_N[row],
-            "truncated": truncated_N[row],
-        }
-        for row in range(len(expected))
-    ]
 
 
 def comparison(before: Evaluation, after: Evaluation) -> str:

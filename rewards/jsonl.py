@@ -12,18 +12,18 @@ from typing import Any
 
 
 def read_jsonl(path: Path, torn_end: bool = False) -> list[dict[str, Any]]:
-    """The objects of a file, in their order; nothing where there is no file.
+    """As `each_jsonl`, in a list."""
+    return list(each_jsonl(path, torn_end))
+
+
+def each_jsonl(path: Path, torn_end: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file one after the other, for files that are larger than memory; nothing where there is no file.
 
     torn_end: the last line may be half a line, where a process was killed while it wrote; it is left out then.
 
     Raises:
         ValueError: a line is not a JSON object, with its number.
     """
-    return list(each_jsonl(path, torn_end))
-
-
-def each_jsonl(path: Path, torn_end: bool = False) -> Iterator[dict[str, Any]]:
-    """As `read_jsonl`, one object after the other, for a file that is too large to be held."""
     if not path.exists():
         return
     with path.open("rb") as file:

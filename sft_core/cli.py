@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import yaml
 from transformers import HfArgumentParser
 
+from rewards.terminal import user_errors as user_errors  # every program's, with or without torch
 from sft_core.checkpoint import NotSaved, is_checkpoint
 from sft_core.config import FREE_ON_RESUME, NEWEST
 
@@ -274,13 +275,3 @@ def run_ends() -> Iterator[None]:
     except (NotSaved, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-@contextmanager
-def user_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Turn an error that names what the user got wrong into one line on stderr and exit code 2."""
-    try:
-        yield
-    except kind as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -186,6 +186,7 @@ FREE_ON_RESUME = (
     *PASSING,
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
+    "record_tokens",
     *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
     "eval_samples",
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses

@@ -4,6 +4,7 @@ config.yaml         the resolved config; --config takes it back
 provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
+tokens.jsonl        its tokens, each with its log-probability (grpo_core/completions.py)
 heldout/            step-000000.jsonl, ...: every answer of an evaluation while training
 answers.jsonl       every answer of `python -m eval`
 summary.json        what was measured, at the end; of `python -m eval` as a table, too: summary.md
@@ -49,7 +50,7 @@ from sft_core.trackers import Trackers
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
 transformers.logging.disable_progress_bar()
 
-LOGS = ("log.jsonl", "completions.jsonl", "answers.jsonl")
+LOGS = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "answers.jsonl")
 OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "final", "base")
 KEPT = ("checkpoints", "wandb")  # where --resume begins a run anew: damaged checkpoints, and what W&B was told
 

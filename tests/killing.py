@@ -91,7 +91,8 @@ def differences(undisturbed: Path, other: Path) -> list[str]:
     """What tells two run folders apart, times aside; nothing where the runs are one and the same to the bit."""
     found = []
     weights = sorted(path.relative_to(undisturbed) for path in (undisturbed / "final").glob("*.safetensors"))
-    names = [*map(str, weights), "completions.jsonl", *(f"heldout/{p.name}" for p in undisturbed.glob("heldout/*"))]
+    logs = ["completions.jsonl", "tokens.jsonl"]
+    names = [*map(str, weights), *logs, *(f"heldout/{p.name}" for p in undisturbed.glob("heldout/*"))]
     if not weights:
         found.append("no final weights")
     for name in names:

@@ -292,6 +292,7 @@ PLACES = {
     "provenance.json": 1,
     "log.jsonl": 3,
     "completions.jsonl": 2,
+    "tokens.jsonl": 2,
     "step-000000.jsonl": 1,
     "step-000003.jsonl": 1,
     "summary.json": 1,

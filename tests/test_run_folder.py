@@ -215,7 +215,7 @@ FREE = {"save_every": "7m", "keep_last": "0", "eval_every": "5", "log_every": "9
 FREE |= {"micro_batch": "3", "reward_timeout": "9", "eval_batch_size": "5", "progress": "False", "show_every": "0"}
 FREE |= {"eval_samples": "3", "offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
 FREE |= {"device": "cpu", "precision": "bf16", "track": "wandb"}  # tests/test_resume.py: `auto` may find another one
-FREE |= {"push_to_hub": "me/model", "private": "True"}
+FREE |= {"push_to_hub": "me/model", "private": "True", "record_tokens": "False"}
 
 
 @pytest.mark.parametrize("name", CHANGED)

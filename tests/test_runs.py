@@ -140,6 +140,7 @@ def test_a_run_is_one_folder_of_known_files(recorded: Run) -> None:
         "provenance.json",
         "summary.json",
         "tensorboard",
+        "tokens.jsonl",
     ]
 
 
