@@ -100,7 +100,11 @@ def test_the_notebook_runs_and_after_a_disconnect_goes_on(
     assert [again["after_step"] for again in provenance["resumed"]] == [2]  # the step in flight is what it cost
     [table] = shown(notebook, "text/markdown")
     assert all(name in table for name in ("zero-shot", "sft-eval", "grpo-eval"))
-    assert len(shown(notebook, "image/png")) == len(list((run / "grpo" / "plots").glob("*.png")))
+    pictures = {path.name for path in (run / "grpo" / "plots").glob("*.png")}
+    assert {"losses.png", "rewards.png", "timing.png", "tokens.png", "curve.png"} <= pictures
+    assert len(shown(notebook, "image/png")) == len(pictures)
+    [asked] = [json.loads(path.read_text()) for path in (run / "grpo").glob("asked*.jsonl")]  # with a number or without
+    assert asked["question"].startswith("Tom has 5 coins") and asked["question"] in text
 
 
 def test_the_notebook_is_kept_without_outputs_and_its_default_preset_is_one_of_all_stages() -> None:
