@@ -8,15 +8,17 @@ import io
 import json
 import re
 import shlex
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import datasets
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from rewards.jsonl import read_jsonl
@@ -30,15 +32,16 @@ pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), pytest.mark.filterwarn
 
 PAGE = Path(__file__).parent.parent / "docs" / "checklist.md"
 NAMES = ["Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen3-0.6B"]
-COMMANDS = re.findall(r"`((?:[A-Z_]+=\S+ )*python -m [^`]+)`", PAGE.read_text(encoding="utf-8"))
+COMMANDS = dict(re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))  # by promise
 
 # What makes a command small, behind what it says itself. Data and models are small by what the hub has.
+FEW_WORDS = ["--max_prompt_tokens", "1500"]  # the small tokenizer has few words, and prompts many tokens
 SMALL = {
-    "sft_core.train": ["--max_steps", "2"],
-    "grpo_core.train": ["--max_steps", "2", "--max_completion_tokens", "6"],
-    "eval": ["--max_completion_tokens", "6"],
-    "grpo_core.pipeline": ["--max_completion_tokens", "6"],
-    "eval.ask": ["--max_completion_tokens", "6"],
+    "sft_core.train": [*FEW_WORDS, "--max_completion_tokens", "200"],
+    "grpo_core.train": [*FEW_WORDS, "--max_completion_tokens", "6"],
+    "eval": [*FEW_WORDS, "--max_completion_tokens", "6"],
+    "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200"],
+    "eval.ask": [*FEW_WORDS, "--max_completion_tokens", "60"],
 }
 
 
@@ -49,12 +52,24 @@ class Done:
     code: int
     out: str
     errors: str
-    folder: Path
+    runs: Path
+    hub: Hub
+
+    def config(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.runs / name / "config.yaml").read_text())
+        return found
+
+    def steps(self, name: str) -> list[int]:
+        """That were trained."""
+        return [line["step"] for line in read_jsonl(self.runs / name / "log.jsonl") if line["kind"] == "train"]
+
+    def adapter(self, name: str) -> bool:
+        return (self.runs / name / "final" / "adapter_model.safetensors").is_file()
 
 
-def run(command: str, folder: Path, patch: pytest.MonkeyPatch) -> Done:
+def run(command: str, folder: Path, hub: Hub, patch: pytest.MonkeyPatch) -> Done:
     words = shlex.split(command)
-    environment = [word for word in words[: words.index("python")]]
+    environment = words[: words.index("python")]
     _, _, program, *argv = words[len(environment) :]
     main: Callable[[list[str]], None]
     try:
@@ -69,4 +84,117 @@ def run(command: str, folder: Path, patch: pytest.MonkeyPatch) -> Done:
             main([*argv, *SMALL.get(program, [])])
         except SystemExit as end:
             code = int(end.code or 0)
-    return Done(code, out.getvalue(), errors.getvalue(), folder)
+    return Done(code, out.getvalue(), errors.getvalue(), folder / "runs", hub)
+
+
+def put(hub: Hub, name: str) -> None:
+    """A small model under its name."""
+    hub.repositories[name] = files = {}
+    with TemporaryDirectory() as folder:
+        tokenizer().save_pretrained(folder)
+        tiny_model(max_position_embeddings=2048).save_pretrained(folder)
+        for path in Path(folder).iterdir():
+            files[path.name] = path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Done]]:
+    """All commands, each after those before it."""
+    folder = tmp_path_factory.mktemp("checklist")
+    problems = [ArithmeticStream("train", seed=0, difficulty=2)[i] for i in range(12)]
+    gsm8k = {"train": datasets.Dataset.from_list(problems[:8]), "test": datasets.Dataset.from_list(problems[8:])}
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
+        take_for_the_hub(hub, folder / "cache", patch)
+        patch.setattr(datasets, "load_dataset", lambda path, name, split: gsm8k[split])
+        patch.setitem(sys.modules, "wandb", StandIn(folder / "told.jsonl"))
+        patch.chdir(folder)
+        for name in NAMES:
+            put(hub, f"Qwen/{name}")
+        yield {promise: run(command, folder, hub, patch) for promise, command in COMMANDS.items()}
+
+
+def answered(done: Done, name: str, count: int = 4) -> bool:
+    """An evaluation of so many problems, with its table."""
+    rows = read_jsonl(done.runs / name / "answers.jsonl")
+    return len(rows) == count and "accuracy" in done.out and (done.runs / name / "summary.md").is_file()
+
+
+def zipped(done: Done) -> bool:
+    with zipfile.ZipFile(done.runs / "exported.zip") as file:
+        names = {Path(name).name for name in file.namelist()}
+    AutoModelForCausalLM.from_pretrained(done.runs / "exported")
+    return {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+
+
+def asked(done: Done) -> bool:
+    [row] = read_jsonl(done.runs / "asked.jsonl")
+    return row["question"].startswith("Ann has 2") and row["response"] in row["answer"] and "Answer:" in done.out
+
+
+FIVE = ["correctness", "int", "strict_format", "soft_format", "xmlcount"]
+SHEETS = ["losses", "rewards", "timing", "tokens", "curve"]
+
+# What the command leaves or says, by its promise in the page.
+SHOWN: dict[str, Callable[[Done], bool]] = {
+    "zero-shot evaluation, SFT, GRPO, in order, and a test": lambda done: (
+        re.findall(r"zero-shot|sft-eval|grpo-eval", (done.runs / "atnlp" / "summary.md").read_text())[:3]
+        == ["zero-shot", "sft-eval", "grpo-eval"]
+    ),
+    "stage 1: zero-shot evaluation": lambda done: answered(done, "zero-shot"),
+    "stage 2: SFT on 3,000 problems, LoRA": lambda done: (
+        done.adapter("sft") and done.config("sft")["max_samples"] == 3000
+    ),
+    "stage 3: GRPO on 500, from the SFT adapter": lambda done: (
+        done.adapter("sft-grpo") and done.config("sft-grpo")["max_samples"] == 500 and done.steps("sft-grpo")[0] == 1
+    ),
+    "test on 100": lambda done: answered(done, "test") and done.config("test")["eval_problems"] == 100,
+    "the model and not its -Instruct": lambda done: answered(done, "zero-shot-base"),
+    "what each stage would do, before it costs anything": lambda done: (
+        "steps" in done.out and "memory" in done.out and not (done.runs / "plan").exists()
+    ),
+    "W&B by flag or environment": lambda done: '"call": "log"' in (done.runs.parent / "told.jsonl").read_text(),
+    "its run: five rewards, 16 samples, its optimizer; questions, expected answers, responses and extracted answers are "
+    "printed": lambda done: all(word + ":" in done.out for word in ("Question", "Expected", "Response", "Extracted")),
+    "its rewards on recorded completions": lambda done: all(f"{name}_reward_func" in done.out for name in FIVE),
+    "save, zip, and load again": zipped,
+    "push weights, tokenizer and config to the hub": lambda done: (
+        {"model.safetensors", "tokenizer.json", "config.json", "README.md"} <= done.hub.repositories["me/model"].keys()
+    ),
+    "ask the trained model in the terminal; query and reasoning are appended to a JSONL": asked,
+    "those answers as training data": lambda done: done.adapter("synthetic"),
+    "SFT and GRPO in one command": lambda done: done.adapter("g5/sft") and done.adapter("g5/grpo"),
+    "SFT alone, 4-bit where there is a GPU (`--sft.use_4bit`)": lambda done: done.adapter("g5-sft/sft"),
+    "GRPO alone, from an SFT model": lambda done: done.adapter("g5-grpo/grpo") and done.steps("g5-grpo/grpo")[0] == 1,
+    "evaluation": lambda done: answered(done, "g5-eval/eval"),
+    "the exact numeric reward, by itself": lambda done: bool(re.search(r"numeric_reward_func +1\n", done.out)),
+    "losses, rewards, timing, tokens as pictures, and a summary": lambda done: (
+        "reward" in done.out
+        and all((done.runs / f"g5/grpo/plots/{name}.png").stat().st_size > 9_000 for name in SHEETS)
+    ),
+    "what is wrong with a run": lambda done: "grpo" in done.out and len(done.out.splitlines()) > 3,
+    "one-shot prompt, its rewards, model and folder from the environment": lambda done: (
+        done.config("script") | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "shots": 1} == done.config("script")
+    ),
+    "the same with LoRA": lambda done: done.adapter("script-lora"),
+    "extra content after the answer costs reward": lambda done: (
+        "xmlcount_reward_func" in done.out and "-0.0" in done.out
+    ),
+    "pass@k, maj@k, intervals, accuracy by solution steps": lambda done: (
+        all(name in done.out for name in ("pass@4", "maj@4", "lenient", "steps")) and answered(done, "sampled")
+    ),
+    "two models on the same problems": lambda done: "McNemar" in done.out,
+    "every group over time, token by token, in a browser": lambda done: (
+        "Ann has" not in (page := (done.runs / "oneshot" / "completions.html").read_text()) and "<script" in page
+    ),
+    "going on after a disconnect": lambda done: "this run is finished" in done.out,
+}
+
+
+def test_every_promise_has_a_command_and_every_command_a_claim() -> None:
+    assert list(COMMANDS) == list(SHOWN)
+
+
+@pytest.mark.parametrize("promise", SHOWN)
+def test_the_command_keeps_the_promise(promise: str, done: dict[str, Done]) -> None:
+    assert done[promise].code == 0, done[promise].out + done[promise].errors
+    assert SHOWN[promise](done[promise]), done[promise].out + done[promise].errors
