@@ -5,7 +5,8 @@ provenance.json     command, versions, commit, hardware, seed, time; of each tim
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
 heldout/            step-000000.jsonl, ...: every answer of an evaluation
-tensorboard/, wandb/ the same scalars as log.jsonl, and samples of the completions (sft_core/trackers.py)
+tensorboard/        the scalars of log.jsonl, the config, and the completions that --show_every shows
+wandb/              under --track wandb: W&B's own files, and what W&B has been told (sft_core/trackers.py)
 checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (sft_core/checkpoint.py)
 final/              the final model or adapter; written last, so a folder that has it is finished
 """
@@ -135,8 +136,7 @@ class RunFolder:
         self.trackers.completions_of(self.path / "completions.jsonl")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has
-        no word for them."""
+        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has no word for them."""
         now = datetime.now(timezone.utc).isoformat()
         record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
         append_jsonl(self.path / "log.jsonl", [record])
