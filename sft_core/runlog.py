@@ -52,7 +52,7 @@ from sft_core.trackers import Trackers
 transformers.logging.disable_progress_bar()
 
 LOGS = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "answers.jsonl")
-OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "final", "base")
+OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "completions.html", "final", "base")
 KEPT = ("checkpoints", "wandb")  # where --resume begins a run anew: damaged checkpoints, and what W&B was told
 
 
@@ -139,8 +139,7 @@ class RunFolder:
         self.trackers.completions_of(self.path / "completions.jsonl")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has
-        no word for them."""
+        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has no word for them."""
         now = datetime.now(timezone.utc).isoformat()
         record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
         append_jsonl(self.path / "log.jsonl", [record])

@@ -147,7 +147,7 @@ class WandB:
         if self.note.exists():
             self.told = json.loads(self.note.read_text())
         self.note.parent.mkdir(exist_ok=True)
-        ours = {"project": "grpo-from-scratch", "name": run.resolve().name, "dir": str(run)}
+        ours: dict[str, Any] = {"project": "grpo-from-scratch", "name": run.resolve().name, "dir": str(run)}
         self.run: Any = wandb.init(
             id=self.told["id"],
             resume="allow",

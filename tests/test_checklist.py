@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+import sft_core.train
 from rewards.jsonl import read_jsonl
 from sft_core.arithmetic import ArithmeticStream
 from tests.helpers import PEFT_IS_BEHIND, tiny_model, tokenizer
@@ -34,6 +35,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "checklist.md"
 NAMES = ["Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen3-0.6B"]
 COMMANDS = dict(re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))  # by promise
 
+ANN = "Ann has 2 coins and gets 3. How many has she?"
+
 # What makes a command small, behind what it says itself. Data and models are small by what the hub has.
 FEW_WORDS = ["--max_prompt_tokens", "1500"]  # the small tokenizer has few words, and prompts many tokens
 SMALL = {
@@ -41,7 +44,7 @@ SMALL = {
     "grpo_core.train": [*FEW_WORDS, "--max_completion_tokens", "6"],
     "eval": [*FEW_WORDS, "--max_completion_tokens", "6"],
     "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200"],
-    "eval.ask": [*FEW_WORDS, "--max_completion_tokens", "60"],
+    "eval.ask": [*FEW_WORDS, "--max_completion_tokens", "200"],
 }
 
 
@@ -68,7 +71,8 @@ class Done:
 
 
 def run(command: str, folder: Path, hub: Hub, patch: pytest.MonkeyPatch) -> Done:
-    words = shlex.split(command)
+    unquoted = lambda quoted: shlex.quote(quoted[1].encode().decode("unicode_escape"))  # noqa: E731
+    words = shlex.split(re.sub(r"\$'([^']*)'", unquoted, command))
     environment = words[: words.index("python")]
     _, _, program, *argv = words[len(environment) :]
     main: Callable[[list[str]], None]
@@ -87,14 +91,26 @@ def run(command: str, folder: Path, hub: Hub, patch: pytest.MonkeyPatch) -> Done
     return Done(code, out.getvalue(), errors.getvalue(), folder / "runs", hub)
 
 
-def put(hub: Hub, name: str) -> None:
-    """A small model under its name."""
-    hub.repositories[name] = files = {}
-    with TemporaryDirectory() as folder:
-        tokenizer().save_pretrained(folder)
-        tiny_model(max_position_embeddings=2048).save_pretrained(folder)
-        for path in Path(folder).iterdir():
-            files[path.name] = path.read_bytes()
+def taught(folder: Path) -> Path:
+    """A small model that has learned by heart to answer one question, in the XML format."""
+    start, task = folder / "start", folder / "task.jsonl"
+    tiny_model(max_position_embeddings=2048).save_pretrained(start)
+    tokenizer().save_pretrained(start)
+    task.write_text(json.dumps({"question": ANN, "answer": "2+3=5\n#### 5"}) + "\n")
+    flags = [
+        *FEW_WORDS,
+        "--max_completion_tokens",
+        "200",
+        "--eval_problems",
+        "0",
+        "--batch_size",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--max_steps", "150", "--lr", "1e-2", "--precision", "float32", "--save_every", "0", "--no_progress"]
+    sft_core.train.main(["--model", str(start), "--task", str(task), *flags, "--output_dir", str(folder / "taught")])
+    return folder / "taught" / "final"
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +124,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Done]]:
         patch.setattr(datasets, "load_dataset", lambda path, name, split: gsm8k[split])
         patch.setitem(sys.modules, "wandb", StandIn(folder / "told.jsonl"))
         patch.chdir(folder)
-        for name in NAMES:
-            put(hub, f"Qwen/{name}")
+        files = {path.name: path.read_bytes() for path in taught(folder).iterdir()}
+        hub.repositories |= {f"Qwen/{name}": dict(files) for name in NAMES}
         yield {promise: run(command, folder, hub, patch) for promise, command in COMMANDS.items()}
 
 
@@ -128,7 +144,7 @@ def zipped(done: Done) -> bool:
 
 def asked(done: Done) -> bool:
     [row] = read_jsonl(done.runs / "asked.jsonl")
-    return row["question"].startswith("Ann has 2") and row["response"] in row["answer"] and "Answer:" in done.out
+    return row["question"] == ANN and row["answer"].endswith("2+3=5\n#### 5") and "Answer: 5" in done.out
 
 
 FIVE = ["correctness", "int", "strict_format", "soft_format", "xmlcount"]
@@ -153,8 +169,10 @@ SHOWN: dict[str, Callable[[Done], bool]] = {
         "steps" in done.out and "memory" in done.out and not (done.runs / "plan").exists()
     ),
     "W&B by flag or environment": lambda done: '"call": "log"' in (done.runs.parent / "told.jsonl").read_text(),
-    "its run: five rewards, 16 samples, its optimizer; questions, expected answers, responses and extracted answers are "
-    "printed": lambda done: all(word + ":" in done.out for word in ("Question", "Expected", "Response", "Extracted")),
+    "its run: five rewards, 16 samples, its optimizer; questions, expected answers, responses and extracted "
+    "answers are printed": lambda done: all(
+        word + ":" in done.out for word in ("Question", "Expected", "Response", "Extracted")
+    ),
     "its rewards on recorded completions": lambda done: all(f"{name}_reward_func" in done.out for name in FIVE),
     "save, zip, and load again": zipped,
     "push weights, tokenizer and config to the hub": lambda done: (
@@ -184,7 +202,8 @@ SHOWN: dict[str, Callable[[Done], bool]] = {
     ),
     "two models on the same problems": lambda done: "McNemar" in done.out,
     "every group over time, token by token, in a browser": lambda done: (
-        "Ann has" not in (page := (done.runs / "oneshot" / "completions.html").read_text()) and "<script" in page
+        {row["question"] for row in read_jsonl(done.runs / "oneshot" / "completions.jsonl")}
+        <= set(re.findall(r'"([^"]+)"', (done.runs / "oneshot" / "completions.html").read_text()))
     ),
     "going on after a disconnect": lambda done: "this run is finished" in done.out,
 }

@@ -150,13 +150,14 @@ def mean_parts(line: Line) -> dict[str, float]:
 def legend_title(panels: Sequence[Panel], lines: Sequence[Line], window: int) -> str:
     """What lines and bands are."""
     notes = []
-    each = len(lines) <= CROWD and any(len(line.runs) == 1 for line in lines)
+    single = any(len(line.runs) == 1 for line in lines)
     if window > 1:
+        each = single and len(lines) <= CROWD
         notes.append(f"lines: running mean of {window} log lines" + (", thin: each" if each else ""))
     if any(len(line.runs) > 1 for line in lines):
-        notes.append("mean over seeds, band: from the lowest seed to the highest")
-    elif any(panel.kind == "eval" and panel.band for panel in panels):
-        notes.append("band of the accuracy: 95% interval (Wilson)")
+        notes.append("seeds: their mean, and a band from the lowest to the highest")
+    if single and any(panel.kind == "eval" and panel.band for panel in panels):
+        notes.append("band of a run's accuracy: 95% interval (Wilson)")
     return "; ".join(notes)
 
 

@@ -62,11 +62,8 @@ def _heldout(run: Run) -> str:
     known = [line for line in run.eval if line.get("accuracy") is not None]
     if not known:
         losses = [line["heldout_loss"] for line in run.eval if line.get("heldout_loss") is not None]
-        return (
-            f"held out  loss {' -> '.join(f'{loss:.3g}' for loss in dict.fromkeys((losses[0], losses[-1])))}"
-            if (losses)
-            else ""
-        )
+        ends = [losses[0], losses[-1]][: len(losses)] if losses else []
+        return f"held out  loss {' -> '.join(f'{loss:.3g}' for loss in ends)}" if ends else ""
     best = max(known, key=lambda line: line["accuracy"])
     told = " -> ".join(_interval(line) for line in (known[0], known[-1])[: len(known)])
     steps = f"steps {known[0]['step']} and {known[-1]['step']}" if len(known) > 1 else f"step {known[0]['step']}"
