@@ -29,6 +29,8 @@ from benchmarks.plan import Question, by_moment, savings
 from benchmarks.tables import markdown
 from benchmarks.workload import workload
 from eval.__main__ import EvalConfig
+from eval.ask import AskConfig
+from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB, Lengths
 from grpo_core.train import PRESETS
@@ -40,7 +42,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-PROGRAMS = {SFTConfig: "SFT", GRPOConfig: "GRPO", EvalConfig: "evaluation"}
+PROGRAMS = {SFTConfig: "SFT", GRPOConfig: "GRPO", EvalConfig: "evaluation", AskConfig: "asking", ExportConfig: "export"}
 
 
 # --- sessions

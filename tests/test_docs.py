@@ -93,13 +93,21 @@ def test_every_link_leads_to_a_file_a_heading_or_a_name(page: Path) -> None:
 
 
 OWN_PAGES = [page for page in PAGES if page.name not in ("notes.md", "bug-zoo.md")]  # history, and patches
-OTHER_FLAGS = {"config", "preset", "gpu", "show", "list"}  # of the command line itself, benchmarks.plan, tests.zoo
+OTHER_FLAGS = {
+    "config",
+    "preset",
+    "output_path",
+    "gpu",
+    "show",
+    "list",
+}  # the command line's own, benchmarks.plan, tests.zoo
+OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
 
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page: Path) -> None:
     known = {field.name for config in PROGRAMS for field in dataclasses.fields(config)} | OTHER_FLAGS
-    found = set(re.findall(r"(?<![-\w])--([a-z]\w*)", page.read_text(encoding="utf-8")))
+    found = set(re.findall(r"(?<![-\w])--(?:(?:sft|grpo|eval)\.)?([a-z]\w*)", page.read_text(encoding="utf-8")))
     assert found - known == set()
 
 
