@@ -5,6 +5,8 @@ The shape legend of the whole project. A tensor's name ends in its shape:
     B  prompts in a step          N  rows, one per completion: N = B * G      V  vocabulary size
     G  completions per prompt     P  prompt tokens, padded                    D  hidden size
                                   T  completion tokens, padded                L  P + T
+    K  reward functions           M  completion tokens of a micro-batch, without padding
+    R  packed rows (sft_core.packing)
 
 How a row lies in memory (P = 4, T = 3; `.` is padding, the row's lengths are 3 and 2):
 

@@ -15,7 +15,7 @@ BUGS = [
         "logits = logits / temperature",
         "logits = logits / 1.0",
         "Tokens are drawn from one distribution and learned under another: the gradient is not that of the expected "
-        "reward, and nothing in the log says so.",
+        "reward. The ratio still begins at 1; in the log only the sampler gap shows it.",
         (RATIO_ONE,),
     ),
     Mutation(
