@@ -15,10 +15,11 @@ import eval.__main__
 import eval.evaluate
 import sft_core.train
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
-from eval.report import markdown, summary_cells, summary_table
+from eval.report import summary_cells, summary_table
 from eval.sampling import Samples, Sampling
 from eval.statistics import wilson_interval
 from rewards import correctness_reward_func, numeric_reward_func
+from rewards.tables import markdown
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
 from sft_core.policy import Policy, is_adapted

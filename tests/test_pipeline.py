@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import grpo_core.train
-from grpo_core.pipeline import main
+from grpo_core.pipeline import SUMMARIES, main
 from grpo_core.stages import Settings, stages_of, understood
 from sft_core.optim import Optimizer
 from tests.helpers import PEFT_IS_BEHIND
@@ -263,8 +263,10 @@ def test_overwrite_begins_every_stage_anew(model: Path, tmp_path: Path) -> None:
     main(argv)
     first = weights(tmp_path / "out" / "sft")
     (tmp_path / "out" / "grpo" / "final").mkdir(parents=True)  # of an earlier --mode both
+    for name in SUMMARIES:
+        (tmp_path / "out" / name).write_text("of an earlier --mode all")
     main([*argv, "--overwrite", "--seed", "7"])
-    assert not (tmp_path / "out" / "grpo").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pipeline.yaml", "sft"]
     assert weights(tmp_path / "out" / "sft") != first
 
 
