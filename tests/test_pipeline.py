@@ -95,6 +95,16 @@ def test_a_mistake_is_named(argv: list[str], line: str) -> None:
     assert refusal(*argv).startswith(line)
 
 
+def test_the_file_of_one_stage_counts_for_more_than_that_of_all(tmp_path: Path) -> None:
+    file, mine = tmp_path / "settings.yaml", tmp_path / "sft.yaml"
+    file.write_text("preset: tiny\nmax_samples: 7\nsft.lr: 0.1\ngrpo.lr: 0.2\n")
+    outer = ["--config", str(file)]
+    mine.write_text("lr: 0.7\nmax_samples: 5\n")
+    found = settings(*outer, "--sft.config", str(mine)).configs
+    assert (found["sft"].lr, found["grpo"].lr, found["sft"].max_samples, found["grpo"].max_samples) == (0.7, 0.2, 5, 7)
+    assert settings(*outer, f"--sft.config={mine}", "--sft.lr", "0.3").configs["sft"].lr == 0.3
+
+
 def test_a_flag_that_two_stages_mean_differently_is_taken_where_one_stage_has_it() -> None:
     assert settings("--mode", "sft", "--lr", "0.5", "--epochs", "2").configs["sft"].lr == 0.5
 
