@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.tables import markdown
 from benchmarks.workload import names, with_start, workload
+from rewards.tables import markdown
 from sft_core.cli import user_errors
 
 

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.machine import Machine, machine
 from benchmarks.roofline import phases
-from benchmarks.tables import markdown
 from benchmarks.workload import names, workload
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB, Lengths, Plan, plan
+from rewards.tables import markdown
 from sft_core.cli import user_errors
 from sft_core.shapes import Shapes, shapes_of
 from sft_core.source import Source, find_source

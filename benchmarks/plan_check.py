@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.memory import peak_bytes
 from benchmarks.plan import question_of
-from benchmarks.tables import markdown
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB
+from rewards.tables import markdown
 from sft_core.provenance import provenance
 
 STEPS = 2  # AdamW's moments appear in the first; the second is the peak

@@ -26,10 +26,10 @@ from benchmarks.machine import Ceilings
 from benchmarks.machine import measured as ceilings_of
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.roofline import phases
-from benchmarks.tables import markdown
 from benchmarks.workload import Steps, names, with_start, workload
 from grpo_core.memory import GB, Lengths
 from grpo_core.step import StepReport
+from rewards.tables import markdown
 from sft_core.cli import user_errors
 from sft_core.clock import now
 from sft_core.provenance import provenance, shown_flags

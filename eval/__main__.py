@@ -17,7 +17,8 @@ from pathlib import Path
 
 from eval.dryrun import eval_plan
 from eval.evaluate import Evaluation, evaluate
-from eval.report import aligned, markdown, method, summary_cells
+from eval.report import method, summary_cells, summary_table
+from rewards.tables import markdown
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import FolderConfig, ModelConfig, Refused, TaskConfig, flag, require
@@ -95,14 +96,15 @@ class EvalJob:
     def report(self, result: Evaluation, folder: RunFolder) -> None:
         """The summary: in the log, as summary.json, as a table in summary.md and in the terminal."""
         config, summary = self.config, result.summary()
-        cells = summary_cells({config.adapter_path or config.model: summary})
+        columns = {config.adapter_path or config.model: summary}
         how = f"Task {config.task}, {config.prompt_format} format, at most {config.max_completion_tokens} tokens"
         if config.samples:
             how += f"; {config.samples} samples a problem at temperature {config.temperature:g}, seed {config.seed}"
         folder.log("eval", 0, summary)
         write_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-        write_text(folder.path / "summary.md", f"# Evaluation\n\n{markdown(cells)}\n\n{how}. {method([summary])}\n")
-        print(f"{aligned(cells)}\n\n{how}.\n{method([summary])}")
+        table = markdown(summary_cells(columns))
+        write_text(folder.path / "summary.md", f"# Evaluation\n\n{table}\n\n{how}. {method([summary])}\n")
+        print(f"{summary_table(columns)}\n\n{how}.\n{method([summary])}")
 
 
 def prepare(config: EvalConfig) -> EvalJob:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ import transformers
 from transformers import TextStreamer, set_seed
 
 from eval.sampling import Sampling, sample
+from eval.statistics import agreeing
 from rewards import extract_hash_answer, last_number, parse_number, same_number
 from rewards.jsonl import read_jsonl
 from sft_core.cli import parse_config, run_ends, user_errors
@@ -46,7 +46,7 @@ class AskConfig(ModelConfig, PromptConfig):
     questions: str = flag("", "a JSONL file of them: column question, and answer (ending in #### N) where it is known")
     max_completion_tokens: int = flag(256, "the longest answer in tokens")
     temperature: float = flag(0.0, "0: the likeliest token each time; more: drawn")
-    samples: int = flag(1, "answers drawn to each question, of which the most frequent is taken (maj@k)")
+    samples: int = flag(1, "answers drawn to each question, of which the most frequent number is taken (maj@k)")
     seed: int = flag(42, "of what is drawn")
     append_to: str | None = flag(
         None, f"the JSONL file that answers are appended to; default: {KEPT} in the run folder, else here; '': none"
@@ -61,6 +61,7 @@ class AskConfig(ModelConfig, PromptConfig):
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(self.samples >= 1, "samples", self.samples, "1 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         require(
             self.samples == 1 or self.temperature > 0,
             "samples",
@@ -108,31 +109,18 @@ def reply(policy: Policy, prompt: Sequence[int], config: AskConfig) -> Reply:
             streamer.end()  # it holds the last word back until the next one begins
         raise
     extracted = [FORMATS[config.prompt_format].extract(text) for text in samples.texts]
-    row, votes = majority(extracted)
+    most = next(iter(agreeing(extracted)), [])
+    row = most[0] if most else 0
     if streamer is None:
         print(samples.texts[row])
     return Reply(
         samples.texts[row],
         extracted[row],
-        votes,
+        len(most),
         int(samples.rows.completion_len_N[row]),
         bool(samples.truncated_N[row]),
         time.perf_counter() - start,
     )
-
-
-def majority(answers: Sequence[str | None]) -> tuple[int, int]:
-    """The first row that gives the most frequent answer, and how many do. Numbers are counted by their value.
-
-    >>> majority(["8", None, "7", None, "7.0", None]), majority([None, ""])
-    ((2, 2), (0, 0))
-    """
-    keys = [(parse_number(answer) or answer) if answer else None for answer in answers]
-    counts = Counter(key for key in keys if key is not None)
-    if not counts:
-        return 0, 0
-    [(winner, votes)] = counts.most_common(1)
-    return keys.index(winner), votes
 
 
 def as_problem(reply: Reply) -> str | None:

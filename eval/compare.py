@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.evaluate import Answered, Evaluation, read_answers
-from eval.report import Cells, aligned, markdown, method, side_by_side, summary_cells
+from eval.report import method, side_by_side, summary_cells
 from eval.statistics import Paired
+from rewards.tables import Cells, aligned, markdown
 from sft_core.checkpoint import write_text
 from sft_core.cli import run_ends, user_errors
 from sft_core.config import require
@@ -150,7 +151,10 @@ def _problem(answer: Answered) -> tuple[str, str]:
 
 def report(runs: Sequence[Named], as_markdown: bool, show: int) -> str:
     """All tables: each evaluation's summary, then every other one against the first, with problems that changed."""
-    table = markdown if as_markdown else aligned
+
+    def table(cells: Cells) -> str:
+        return markdown(cells) if as_markdown else aligned(cells, str.ljust)
+
     summaries = {run.name: Evaluation(run.answers, math.nan).summary() for run in runs}
     parts = ["\n".join(f"{'- ' * as_markdown}{run.name}: {run.path}" for run in runs)]
     parts += [table(summary_cells(summaries)), method(list(summaries.values()))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sft_core.dryrun import GB, loaded, told, told_folder, told_lengths, told_model
+from sft_core.dryrun import GB, loaded, told, told_answers, told_folder, told_lengths, told_model
 from sft_core.prompts import encode_prompt, prompt_messages
 from sft_core.source import Source
 from sft_core.tasks import Example
@@ -21,9 +21,9 @@ def eval_plan(config: EvalConfig, source: Source, heldout: Sequence[Example]) ->
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         lines = {
             "task": f"{config.task}: {len(heldout):,} problems; {config.prompt_format} answers, {config.shots} shots",
-            "model": told_model(config, policy).split(", ")[0] + f"; {policy.precision.name} on {policy.device}",
+            "model": told_model(config, policy).rpartition(", ")[0] + f"; {policy.precision.name} on {policy.device}",
             "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; answers of "
-            f"{config.max_completion_tokens} at most, {config.batch_size} problems at once",
+            f"{config.max_completion_tokens} at most, {told_answers(config.samples)}, {config.batch_size} at once",
             "memory": f"{weights / GB:.2f} GB of weights, and the keys and values of a batch",
             "folder": told_folder(config, "eval"),
         }

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from eval.sampling import Sampling, sample
-from eval.statistics import maj_at_k, mean_interval, pass_at_k, sizes, votes, wilson_interval
+from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes, wilson_interval
 from rewards import last_number, same_number
 from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import random_state, set_random_state
@@ -123,10 +123,10 @@ def _of_samples(answers: Sequence[Answered]) -> dict[str, float]:
     """pass@k and maj@k by the strict rule, for the k of `sizes`; nothing where no samples were drawn."""
     n = min(len(answer.samples) for answer in answers)
     figures: dict[str, float] = {"samples": n} if n else {}
-    counts = [
-        (len(a.samples), sum(s.strict for s in a.samples), votes(s.extracted for s in a.samples if not s.strict))
-        for a in answers
-    ]
+    counts = []
+    for answer in answers:
+        wrong = agreeing([s.extracted for s in answer.samples if not s.strict])
+        counts.append((len(answer.samples), sum(s.strict for s in answer.samples), [len(group) for group in wrong]))
     for k in sizes(n):
         passed = [pass_at_k(drawn, right, k) for drawn, right, _ in counts]
         won = [maj_at_k(drawn, right, wrong, k) for drawn, right, wrong in counts]
@@ -201,7 +201,8 @@ def evaluate(
                 for i, text, tokens, cut in zip(batch, drawn.texts, lengths, truncated, strict=True):
                     replies[i].append(_mark(text, examples[i].answer, task, tokens, cut))
                 bar.update(len(batch))
-                bar.set_postfix(accuracy=f"{sum(r[0].strict for r in replies.values() if r) / len(examples):.1%}")
+                greedy = [r[0].strict for r in replies.values() if r]
+                bar.set_postfix(accuracy=f"{sum(greedy) / len(greedy):.1%}")
 
         ask(by_length, Sampling(max_completion_tokens, temperature=0))
         if samples:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.evaluate import Answered
+from rewards.tables import aligned
 from sft_core.trackers import indented
-
-Cells = list[list[str]]  # a table: rows of equal length, the first its head
 
 METHOD = "Greedy answers; in brackets 95% intervals over problems (Wilson's)."
 SAMPLED_METHOD = " pass@k and maj@k: of samples; Wilson's interval at the mean's effective sample size."
@@ -22,10 +21,10 @@ def method(summaries: Sequence[dict[str, Any]]) -> str:
 
 def summary_table(columns: dict[str, dict[str, Any]]) -> str:
     """Summaries side by side, one column each, as aligned text."""
-    return aligned(summary_cells(columns))
+    return aligned(summary_cells(columns), str.ljust)
 
 
-def summary_cells(columns: dict[str, dict[str, Any]]) -> Cells:
+def summary_cells(columns: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Summaries side by side, one column each; blank where a summary lacks samples or steps that another one has."""
     rows = {
         "accuracy": lambda s: share(s, "accuracy"),
@@ -65,19 +64,6 @@ def share(summary: dict[str, Any], key: str) -> str:
         return ""
     low, high = summary.get(f"{key}_low"), summary.get(f"{key}_high")
     return f"{summary[key]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if low is not None and high is not None else "")
-
-
-def aligned(cells: Cells) -> str:
-    """A table for the terminal."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
-
-
-def markdown(cells: Cells) -> str:
-    """The same as Markdown."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(cells[0]), *body])
 
 
 def side_by_side(old: Answered, new: Answered, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ source. A problem is the unit: problems are the sample of which the intervals sp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -72,22 +72,23 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def votes(answers: Iterable[str | None]) -> list[int]:
-    """How many of the answers agree on each number, the most first. What is no number is no vote.
+def agreeing(answers: Sequence[str | None]) -> list[list[int]]:
+    """The places of the answers that agree on a number, group by group: the largest first, of equal ones that which
+    came first. What is no number is no vote.
 
-    >>> votes(["1,000", "1000", "$7", None, "seven", "", "1000.00"])
-    [3, 1]
+    >>> agreeing(["$7", "1,000", None, "seven", "1000", "", "1000.00"])
+    [[1, 4, 6], [0]]
     """
-    groups: list[list[str]] = []
-    for answer in answers:
+    groups: list[list[int]] = []
+    for at, answer in enumerate(answers):
         if answer is None or parse_number(answer) is None:
             continue
-        group = next((group for group in groups if same_number(group[0], answer)), None)
+        group = next((group for group in groups if same_number(answers[group[0]] or "", answer)), None)
         if group:
-            group.append(answer)
+            group.append(at)
         else:
-            groups.append([answer])
-    return sorted(map(len, groups), reverse=True)
+            groups.append([at])
+    return sorted(groups, key=len, reverse=True)
 
 
 def maj_at_k(n: int, right: int, wrong: Sequence[int], k: int) -> float:

@@ -42,7 +42,7 @@ def token_records(step: int, report: StepReport, pieces: Pieces) -> list[dict[st
     logps    the sampler's log-probability of each, in nats, to three decimals (+ 0.0: no -0.0)
     kept     a 1 for each token that the row's advantage acted on, else a 0: nothing of a row that --mask_truncated left
              out, no token outside of --top_entropy's share. What the ratio's bounds cut off in updates after the first
-             (--mu) is not in it.
+             (--mu) is not in it, nor that a step without a finite gradient was skipped.
     """
     samples = report.rollout.samples
     ids_N, logp_NT, kept_NT = samples.rows.completion_ids(), samples.logp_NT.tolist(), report.kept_NT.int().tolist()

@@ -13,6 +13,7 @@ from sft_core.dryrun import (
     passes,
     prompt_lengths,
     told,
+    told_answers,
     told_folder,
     told_lengths,
     told_model,
@@ -49,7 +50,8 @@ def grpo_plan(job: GRPOJob) -> str:
             f"{min(config.micro_batch, B * G)} rows at a time; {told_rate(config, steps)}; beta {config.beta:g}",
             "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "
             f"{B * G * T:,} a step, {steps * B * G * T:,} in all",
-            "evaluations": f"of {len(task.heldout)} held-out problems, {told_steps(looks)}",
+            "evaluations": f"of {len(task.heldout)} held-out problems, {told_answers(config.eval_samples)}, "
+            f"{told_steps(looks)}",
             "memory": forecast(config, source).removeprefix("memory: ") + f", on {policy.device}",
             "folder": told_folder(config, "grpo", steps),
         }

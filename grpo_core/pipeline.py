@@ -34,11 +34,12 @@ import sft_core.train
 from eval.compare import paired, verdict
 from eval.dryrun import eval_plan
 from eval.evaluate import read_answers
-from eval.report import aligned, markdown, method, summary_cells
+from eval.report import method, summary_cells, summary_table
 from grpo_core.dryrun import grpo_plan
 from grpo_core.stages import SETTINGS, Settings, Stage, Weights, every_stage_name, understood
 from grpo_core.train import reward_errors
 from rewards.jsonl import read_jsonl
+from rewards.tables import markdown
 from sft_core.checkpoint import not_saved, write_text, write_whole
 from sft_core.cli import read_yaml, run_ends, same_run, user_errors
 from sft_core.config import NEWEST, Refused
@@ -52,6 +53,7 @@ PREPARE: dict[str, Any] = {
     "eval": eval.__main__.prepare,
 }
 BUILT_IN = "the built-in model"
+SUMMARIES = ("summary.json", "summary.md")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Pipeline:
         if settings.overwrite:  # all of them: one that is begun anew must not be followed by an older one
             for name in ("start", *every_stage_name()):
                 shutil.rmtree(folder / name, ignore_errors=True)
+            for name in SUMMARIES:
+                (folder / name).unlink(missing_ok=True)
         before = read_yaml(folder / SETTINGS) if settings.resume and (folder / SETTINGS).is_file() else {}
         write_text(folder / SETTINGS, yaml.safe_dump({**before, **settings.as_values()}, sort_keys=False))
         start = folder / "start"
@@ -119,10 +123,11 @@ class Pipeline:
         figures = {s.name: figures_of(settings.folder / s.name) for s in settings.stages if s.kind == "eval"}
         found = {name: values for name, values in figures.items() if values}
         if found:
-            cells, how = summary_cells(found), "\n".join([method(list(found.values())), "", *self._gains(list(found))])
+            table = markdown(summary_cells(found))
+            how = "\n".join([method(list(found.values())), "", *self._gains(list(found))])
             write_text(settings.folder / "summary.json", json.dumps(found, indent=2) + "\n")
-            write_text(settings.folder / "summary.md", f"# {settings.folder.name}\n\n{markdown(cells)}\n\n{how}\n")
-            print(f"\nHeld-out problems:\n\n{aligned(cells)}\n\n{how}")
+            write_text(settings.folder / "summary.md", f"# {settings.folder.name}\n\n{table}\n\n{how}\n")
+            print(f"\nHeld-out problems:\n\n{summary_table(found)}\n\n{how}")
         print(f"\nall stages are finished: {settings.folder}")
 
     def _gains(self, names: Sequence[str]) -> Iterator[str]:

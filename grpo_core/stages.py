@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_core.stageflags import CONFIGS, MODES, PRESETS, Given, given_in, own_parser, shared_out
+from grpo_core.stageflags import CONFIGS, MODES, PRESETS, Given, flags_of, given_in, own_parser, shared_out
 from sft_core.cli import (
     as_flags,
     from_environment,
     parse_config,
+    parser_of,
     preset_names,
     read_yaml,
     say_environment,
@@ -121,7 +122,7 @@ def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     own = parser.parse_args(_tokens([*own_in_file, *own_typed]))
     of_environment = given_in(as_flags({"model": outer["model"]}) if "model" in outer else [], False)
 
-    rest = [*of_environment, *stages_in_file, *stages_typed]
+    rest = [*of_environment, *stages_in_file, *_in_typed_files(stages_typed), *stages_typed]
     own_job = any(given.plain in ("--model", "--task") and not given.built_in for given in rest)
     preset, mode = own.preset or (None if file or own_job else "tiny"), own.mode or "both"
     has = [kind for kind in CONFIGS if preset is None or preset in preset_names(PRESETS[kind])]
@@ -135,6 +136,20 @@ def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     say_environment(in_force)
     said = told_layers(preset, in_force, file, [given.name for given in stages_typed])
     return Settings(mode, stages, configs, start, folder, bool(own.resume), own.overwrite, own.dry_run, preset, said)
+
+
+def _in_typed_files(typed: Sequence[Given]) -> list[Given]:
+    """The lines of each --STAGE.config FILE, which count for more than those of --config. What a stage takes over is
+    not among them, nor what it does not have: of that its own parser knows more to say."""
+    found: list[Given] = []
+    for given in typed:
+        if given.kind in CONFIGS and given.plain == "--config":
+            known = set(flags_of(given.kind))
+            file = parser_of(CONFIGS[given.kind]).parse_known_args(given.for_stage())[0].config
+            values = {name: value for name, value in read_yaml(file).items() if name not in TAKEN_OVER}
+            values = {f"{given.kind}.{name}": value for name, value in values.items() if f"--{name}" in known}
+            found += given_in(as_flags(values), typed=False)
+    return found
 
 
 def _parted(given: Sequence[Given], names: set[str]) -> tuple[list[Given], list[Given]]:

@@ -18,7 +18,8 @@ from typing import Any
 from rewards.audit import EXTRACTORS, Audit, Recorded, audit, read_recorded, scored
 from rewards.call import RewardError
 from rewards.combine import REWARDS, load_rewards
-from rewards.terminal import aligned, user_errors
+from rewards.tables import aligned
+from rewards.terminal import user_errors
 
 # All that need a text and a gold alone.
 DEFAULT = [name for name in REWARDS if name != "soft_overlong_reward_func"]

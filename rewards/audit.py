@@ -31,6 +31,8 @@ OWN = {
     "truncated",
     "strict",
     "lenient",
+    "steps",
+    "samples",
 }
 
 Extractor = Callable[[str], str | None]

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from rewards.jsonl import read_jsonl
+from rewards.tables import markdown
 from sft_core.config import PromptConfig
 from sft_core.prompts import prompt_messages
 from sft_core.provenance import shown_flags, without_folders
@@ -92,12 +93,7 @@ def _facts(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
             rows["rewards"] += ", dealt out at random: a control experiment"
         if steps and steps[-1].get("reward_mean") is not None:
             rows["mean reward of the last step"] = f"{steps[-1]['reward_mean']:.3f}"
-    return _table({"": "", **rows})
-
-
-def _table(rows: dict[str, Any]) -> str:
-    first, *others = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join([first, "| --- | --- |", *others])
+    return markdown([["", ""], *([name, str(value)] for name, value in rows.items())])
 
 
 def _accuracy(held: list[dict[str, Any]]) -> str:
@@ -108,16 +104,12 @@ def _accuracy(held: list[dict[str, Any]]) -> str:
         return "".join(
             f"Held-out loss after step {line['step']}: {line['heldout_loss']:.4f} nats a token." for line in losses
         )
-    lines = [
-        "## Held-out accuracy",
-        "",
-        "| after step | accuracy | 95% interval | problems |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = [["after step", "accuracy", "95% interval", "problems"]]
     for line in asked if len(asked) < 2 else (asked[0], asked[-1]):
-        low, high = line["accuracy_low"], line["accuracy_high"]
-        lines.append(f"| {line['step']} | {line['accuracy']:.1%} | {low:.1%} to {high:.1%} | {line['problems']} |")
-    return "\n".join([*lines, "", "One greedy answer to each problem, scored strictly; Wilson intervals."])
+        interval = f"{line['accuracy_low']:.1%} to {line['accuracy_high']:.1%}"
+        rows.append([str(line["step"]), f"{line['accuracy']:.1%}", interval, str(line["problems"])])
+    how = "One greedy answer to each problem, scored strictly; Wilson intervals."
+    return f"## Held-out accuracy\n\n{markdown(rows)}\n\n{how}"
 
 
 def _results(name: str, settings: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,7 +171,7 @@ def _origin(trained: Trained, settings: dict[str, Any]) -> str:
             "hardware": "; ".join(made["hardware"]),
             "started": made["started"],
         }
-        lines.append(_table({"": "", **{name: value for name, value in rows.items() if value}}))
+        lines.append(markdown([["", ""], *([name, value] for name, value in rows.items() if value)]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # somebody has deleted or edited it: the settings below are the run's in any case
     shown = {name: _shown(value) for name, value in settings.items()}

@@ -111,9 +111,10 @@ def parse_config(
     parser = parser_of(cls, preset_names(presets), default_preset)
     outer = from_environment(environ or {})
     given, _ = parser.parse_known_args([*as_flags(outer), *argv])
+    file = _read_file(given.config, parser, cls) if given.config else {}
     if getattr(given, "resume", None) not in (None, NEWEST):
         outer.pop("output_dir", None)  # the run is named already
-        given, _ = parser.parse_known_args([*as_flags(outer), *argv])
+    given, _ = parser.parse_known_args([*as_flags({**outer, **file}), *argv])
     named = {argument.split("=")[0] for argument in argv} | {f"--{name}" for name in outer}
     own_job = "--config" in named or any(
         f"--{name}" in named and getattr(given, name) != built_in
@@ -128,8 +129,7 @@ def parse_config(
     values |= outer
     if run and not preset and not given.config:
         values |= begun
-    if given.config:
-        values |= _read_file(given.config, parser, cls)
+    values |= file
     config, _, unknown = parser.parse_args_into_dataclasses(
         [*as_flags(values), *argv], return_remaining_strings=True, look_for_args_file=False
     )

@@ -135,6 +135,11 @@ def told_steps(steps: Sequence[int]) -> str:
     return f"{times} {', '.join(shown)}"
 
 
+def told_answers(samples: int) -> str:
+    """How often an evaluation asks each problem."""
+    return f"a greedy answer and {samples} samples of each" if samples else "a greedy answer to each"
+
+
 def told_memory(policy: Policy) -> str:
     """A floor: what does not depend on the batch."""
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())

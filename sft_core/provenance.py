@@ -48,9 +48,13 @@ def shown_flags(flags: Sequence[str]) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Of an absolute path, alone or behind `--flag=`, the last part; any other text as it is."""
-    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
-    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
+    """Of an absolute path, alone or behind `name=`, the last part; any other text as it is.
+
+    >>> without_folders("/home/a=b/model"), without_folders("--x=/home/me/model"), without_folders("x=/home/me/y=z")
+    ('model', '--x=model', 'x=y=z')
+    """
+    name, equals, value = ("", "", text) if Path(text).is_absolute() else text.partition("=")
+    return name + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def _commit() -> str | None:

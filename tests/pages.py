@@ -26,7 +26,6 @@ from transformers import GenerationConfig, Qwen2Config
 
 from benchmarks.machine import machine
 from benchmarks.plan import Question, by_moment, savings
-from benchmarks.tables import markdown
 from benchmarks.workload import workload
 from eval.__main__ import EvalConfig
 from eval.ask import AskConfig
@@ -34,6 +33,7 @@ from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
 from grpo_core.memory import GB, Lengths
 from grpo_core.train import PRESETS
+from rewards.tables import markdown
 from sft_core.source import Source
 from sft_core.train import SFTConfig
 

@@ -14,7 +14,7 @@ INTRODUCTION = """\
 
 Ways to get GRPO wrong, each a patch of a few lines to this project, and each caught by a test. Pitfalls 1 to 26 were
 seen in public implementations or reproduced; 27 to 32 are slips that the options of `grpo_core` invite, 33 and 34
-such as come with saving time and memory.
+such as come with saving time and memory, 35 such as come with measuring.
 
 An exercise for each bug: read the patch, say what goes wrong in training and what a curve would show of it, guess which
 test notices; then unfold the answer and watch:

@@ -11,6 +11,7 @@ import select
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers import TextStreamer
 
 import eval.ask
 from eval.ask import AskConfig, Reply, as_problem, prepare, reply
-from eval.sampling import Sampling, sample
+from eval.sampling import Samples, Sampling, sample
 from sft_core.config import PromptConfig
-from sft_core.policy import load_policy
+from sft_core.policy import Policy, load_policy
 from sft_core.prompts import encode_prompt, prompt_messages
+from sft_core.rows import pack_rows
 from sft_core.tasks import Example, read_problems
 from tests.faulty import FORKS
 from tests.helpers import tiny_policy
@@ -124,6 +126,19 @@ def test_of_several_samples_the_most_frequent_answer_is_taken(capsys: pytest.Cap
     answer = reply(policy, [9, 40, 77], AskConfig(model="x", max_completion_tokens=6, temperature=1.0, samples=5))
     assert answer.response == texts[0] and answer.votes == 0  # an untrained model: no answer in any
     assert capsys.readouterr().out == texts[0] + "\n"
+
+
+def test_equal_numbers_are_one_vote_zero_among_them_and_words_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["#### none", "#### none", "#### none", "#### 5", "#### 0", "#### 5", "#### 0.00", "#### $0"]
+
+    def drawn(policy: Policy, prompts: list[list[int]], *_: Any) -> Samples:
+        ids = [policy.tokenizer(text)["input_ids"] for text in texts]
+        return Samples(pack_rows(prompts, ids, policy.pad_id), texts, torch.zeros(8, dtype=torch.bool), torch.empty(0))
+
+    monkeypatch.setattr(eval.ask, "sample", drawn)
+    config = AskConfig(model="x", prompt_format="hash", temperature=1.0, samples=8)
+    answer = reply(tiny_policy(), [9, 40, 77], config)
+    assert (answer.response, answer.extracted, answer.votes) == ("#### 0", "0", 3)
 
 
 # --- what is kept
@@ -264,8 +279,14 @@ class Terminal:
     def type(self, text: bytes) -> None:
         os.write(self.fd, text)
 
-    def code(self) -> int:
-        self.until(b"")
+    def leave(self, key: bytes) -> int:
+        """Press the key until the program ends (readline sees a Ctrl-C that came just before it waits at the next one);
+        its exit code."""
+        for _ in range(20):
+            self.type(key)
+            with suppress(AssertionError):
+                self.until(b"", seconds=1)
+                break
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -286,8 +307,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_at_the_prompt_it_leaves(
     assert "(stopped, and not kept)" in terminal.until(b"question> ")
     terminal.type(b"What is answered?\n")
     assert "Answer: " in terminal.until(b"question> ")
-    terminal.type(leaving)
-    assert terminal.code() == 0
+    assert terminal.leave(leaving) == 0
     kept = [row for path in tmp_path.glob("*.jsonl") for row in rows(path)]
     assert [row["question"] for row in kept] == ["What is answered?"]
     assert "Traceback" not in terminal.text.decode()
@@ -305,6 +325,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a line without a question": (["RUN", "--questions", "r.jsonl"], "r.jsonl, line 1: column question is missing"),
     "no questions": (["RUN", "--questions", "empty.jsonl"], "--questions empty.jsonl: holds no questions"),
     "samples all alike": (["RUN", "--samples", "3"], "--samples 3: expected 1 at --temperature 0"),
+    "a seed below 0": (["RUN", "--seed", "-1"], "--seed -1: expected 0 to"),
     "a folder to append to": (["RUN", "--append_to", "."], "--append_to .: expected a file"),
     "no folder to append in": (["RUN", "--append_to", "none/x.jsonl"], "--append_to none/x.jsonl: expected a file"),
     "a budget over the context": (["RUN", "--max_completion_tokens", "999"], "--max_prompt_tokens 90 + --max_comp"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval.evaluate import Answered
 from rewards import __main__ as program
 from rewards import load_rewards
 from rewards.audit import Recorded, audit, correlated, grouped, read_recorded
+from rewards.combine import Reward
 from tests.faulty import FORKS
 from tests.helpers import length_reward
 
@@ -292,3 +295,17 @@ def test_hostile_texts_stay_on_their_line(capsys: pytest.CaptureFixture[str], tm
     out = said(capsys, str(path), "--rows", "9")
     assert out.isprintable() or set(out) - {"\n"} == {sign for sign in out if sign.isprintable()}
     assert len(out) < 10_000 and "line 1: expected '7'" in out
+
+
+def test_what_an_evaluation_records_is_no_column_of_a_reward(tmp_path: Path) -> None:
+    record = asdict(Answered("How many?", "7", "#### 7", "7", True, True, tokens=3, truncated=False, steps=2))
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({**record, "difficulty": 1}) + "\n")
+    seen: list[set[str]] = []
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        seen.append(set(columns) - {"prompts"})
+        return [0.0]
+
+    audit(read_recorded(path), [Reward("its", reward, 1.0)])
+    assert seen == [{"question", "answer", "difficulty"}]

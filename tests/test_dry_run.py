@@ -85,7 +85,7 @@ def test_the_plan_of_grpo_has_the_numbers_of_the_run(
     steps = [line["step"] for line in log if line["kind"] == "train"]
     assert f"{len(steps)} of 2 prompts x 2 completions" in plan["steps"]
     assert "up to 16 a step, 48 in all" in plan["tokens"]  # 2 x 2 completions of 4 tokens, 3 steps
-    assert "of 2 held-out problems, 3 times: at steps 0, 2, 3" in plan["evaluations"]
+    assert "of 2 held-out problems, a greedy answer to each, 3 times: at steps 0, 2, 3" in plan["evaluations"]
     assert "1 x length_reward" in plan["rewards"]
     assert "GB at its peak" in plan["memory"] and plan["memory"].endswith("on cpu")
 
@@ -101,6 +101,16 @@ def test_the_plan_of_a_finite_task_counts_its_problems_and_epochs(
     assert "10 training problems, 2 held out" in plan["task"]
     assert "8 of 4 demonstrations (3.20 epochs)" in plan["steps"]  # 30 of them, the last batch whole
     (nothing_happens / "task.jsonl").unlink()
+
+
+def test_the_plan_of_an_evaluation_counts_its_samples(
+    model: Path, nothing_happens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, flags = PROGRAMS["eval"]
+    main(["--model", str(model), *flags, "--samples", "8", "--dry_run"])
+    assert (
+        "of 9 at most, a greedy answer and 8 samples of each, 32 at once" in lines_of(capsys.readouterr().out)["tokens"]
+    )
 
 
 def test_a_dry_run_of_the_embedded_job_says_that_its_sft_comes_first(
@@ -179,6 +189,20 @@ def test_a_run_that_is_gone_on_with_by_name_does_not_ask_the_environment(whole: 
     environ = {"OUTPUT_DIR": "elsewhere", "MODEL_NAME": "its/own"}
     config = parse_config(GRPOConfig, ["--resume", str(whole)], environ=environ)
     assert config.output_dir == str(whole) and config.model != "its/own"
+
+
+@pytest.mark.parametrize("environ", [{}, {"OUTPUT_DIR": "elsewhere"}], ids=["alone", "above the environment"])
+def test_the_folder_of_a_config_file_is_the_one_that_resume_goes_on_in(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, lr in (("elsewhere", 0.5), ("mine", 0.25)):
+        Path(folder).mkdir()
+        Path(folder, "config.yaml").write_text(as_yaml(GRPOConfig(model="m", lr=lr)))
+    argv = ["--resume", "--config", yaml_file(tmp_path, "model: m\noutput_dir: mine\n")]
+    assert parse_config(GRPOConfig, [*argv, "--lr", "0.25"], environ=environ).output_dir == "mine"
+    with pytest.raises(ValueError, match=r"^--lr 0.5: the run in mine was begun with 0.25"):
+        parse_config(GRPOConfig, [*argv, "--lr", "0.5"], environ=environ)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

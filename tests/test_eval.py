@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +16,15 @@ import eval.__main__
 import eval.evaluate
 import sft_core.train
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
-from eval.report import markdown, summary_cells, summary_table
+from eval.report import summary_cells, summary_table
 from eval.sampling import Samples, Sampling
 from eval.statistics import wilson_interval
 from rewards import correctness_reward_func, numeric_reward_func
+from rewards.tables import markdown
 from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
 from sft_core.policy import Policy, is_adapted
+from sft_core.prompts import encode_prompt, prompt_messages
 from sft_core.rows import pack_rows
 from sft_core.tasks import Example, as_example
 from sft_core.tiny import build_tiny
@@ -201,6 +204,31 @@ def test_samples_are_drawn_beside_the_greedy_answer_with_the_prompts_of_a_proble
     assert [[sample.extracted for sample in answer.samples] for answer in result.answers] == [["7"] * 3, ["8"] * 3]
     summary = result.summary()
     assert (summary["samples"], summary["pass_at_3"], summary["maj_at_3"]) == (3, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_samples_stay_with_their_problem_whatever_its_length(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    questions = [f"q{i}" + " and then some" * (i * 7 % 5) for i in range(6)]
+    asked(monkeypatch, {question: f"#### {i}" for i, question in enumerate(questions)})
+    examples = [Example(question, f"#### {i}", str(i)) for i, question in enumerate(questions)]
+    for answer in evaluate(tiny_policy(), examples, HASH, 20, batch_size, samples=3).answers:
+        assert [sample.extracted for sample in answer.samples] == [answer.expected] * 3
+
+
+def test_samples_are_drawn_from_the_policy_of_their_own_prompt_at_the_temperature() -> None:
+    policy, examples, temperature = tiny_policy(), problems(3), 0.5
+    answers = evaluate(policy, examples, HASH, 1, 64, samples=400, temperature=temperature).answers
+    for example, answer in zip(examples, answers, strict=True):
+        prompt = encode_prompt(policy.tokenizer, prompt_messages(example, HASH))
+        with torch.no_grad():
+            logit_V = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        chance: Counter[str] = Counter()
+        for id_, p in enumerate((logit_V / temperature).softmax(dim=-1).tolist()):
+            chance[policy.tokenizer.decode([id_], skip_special_tokens=True)] += p
+        drawn = Counter(sample.response for sample in answer.samples)
+        likeliest, p = chance.most_common(1)[0]
+        assert 0.1 < p < 0.95
+        assert abs(drawn[likeliest] / 400 - p) < 4 * (p * (1 - p) / 400) ** 0.5
 
 
 def test_samples_follow_from_their_seed_and_leave_every_random_state_as_it_was() -> None:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import grpo_core.train
-from grpo_core.pipeline import main
+from grpo_core.pipeline import SUMMARIES, main
 from grpo_core.stages import Settings, stages_of, understood
 from sft_core.optim import Optimizer
 from tests.helpers import PEFT_IS_BEHIND
@@ -93,6 +93,16 @@ def test_a_file_holds_the_same_flags_and_the_command_line_overrides_it(tmp_path:
 )
 def test_a_mistake_is_named(argv: list[str], line: str) -> None:
     assert refusal(*argv).startswith(line)
+
+
+def test_the_file_of_one_stage_counts_for_more_than_that_of_all(tmp_path: Path) -> None:
+    file, mine = tmp_path / "settings.yaml", tmp_path / "sft.yaml"
+    file.write_text("preset: tiny\nmax_samples: 7\nsft.lr: 0.1\ngrpo.lr: 0.2\n")
+    outer = ["--config", str(file)]
+    mine.write_text("lr: 0.7\nmax_samples: 5\n")
+    found = settings(*outer, "--sft.config", str(mine)).configs
+    assert (found["sft"].lr, found["grpo"].lr, found["sft"].max_samples, found["grpo"].max_samples) == (0.7, 0.2, 5, 7)
+    assert settings(*outer, f"--sft.config={mine}", "--sft.lr", "0.3").configs["sft"].lr == 0.3
 
 
 def test_a_flag_that_two_stages_mean_differently_is_taken_where_one_stage_has_it() -> None:
@@ -263,8 +273,10 @@ def test_overwrite_begins_every_stage_anew(model: Path, tmp_path: Path) -> None:
     main(argv)
     first = weights(tmp_path / "out" / "sft")
     (tmp_path / "out" / "grpo" / "final").mkdir(parents=True)  # of an earlier --mode both
+    for name in SUMMARIES:
+        (tmp_path / "out" / name).write_text("of an earlier --mode all")
     main([*argv, "--overwrite", "--seed", "7"])
-    assert not (tmp_path / "out" / "grpo").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pipeline.yaml", "sft"]
     assert weights(tmp_path / "out" / "sft") != first
 
 

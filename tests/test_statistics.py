@@ -14,12 +14,12 @@ import pytest
 from eval.statistics import (
     Interval,
     Paired,
+    agreeing,
     maj_at_k,
     mcnemar,
     mean_interval,
     pass_at_k,
     sizes,
-    votes,
     wilson_interval,
 )
 
@@ -96,7 +96,10 @@ def test_of_many_samples_pass_at_k_is_chens_product_and_maj_at_1_is_the_share_of
 def test_numbers_that_are_equal_are_one_vote_however_they_are_written() -> None:
     answers = ["8", "1,000", None, "$1000.00", "", "1000", "eight", "8.0", "-8"]
     for order in itertools.islice(itertools.permutations(answers), 0, None, 9973):
-        assert votes(order) == [3, 2, 1]
+        groups = agreeing(order)
+        assert list(map(len, groups)) == [3, 2, 1] and all(group == sorted(group) for group in groups)
+    assert agreeing(["5", "0", "0.00", "-0", "5"]) == [[1, 2, 3], [0, 4]]  # 0 is a number like any other
+    assert agreeing(["5", "4", "4", "5"]) == [[0, 3], [1, 2]]  # of equals the one that came first
 
 
 # --- intervals

@@ -8,8 +8,8 @@ from functools import lru_cache
 from torch import Tensor
 
 from benchmarks.exact.enumeration import World, compare, table_policy, world
-from benchmarks.tables import markdown
 from grpo_core.objective import Aggregation
+from rewards.tables import markdown
 from sft_core.policy import Policy
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("sequence_sum", "constant_length", "sequence_mean", "token_mean")

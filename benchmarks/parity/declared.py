@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.parity import ours, theirs
 from benchmarks.parity.cases import BUDGET, Case, Trace, equal_rewards
 from benchmarks.parity.compare import relative
-from benchmarks.tables import markdown
 from grpo_core.objective import token_weights
+from rewards.tables import markdown
 from sft_core.policy import load_policy
 from sft_core.source import find_source
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
-from benchmarks.tables import markdown
 from grpo_core.memory import GB
+from rewards.tables import markdown
 from sft_core.provenance import provenance, shown_flags
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the mean reward
