@@ -18,7 +18,7 @@ from typing import Any
 from rewards.audit import EXTRACTORS, Audit, Recorded, audit, read_recorded, scored
 from rewards.call import RewardError
 from rewards.combine import REWARDS, load_rewards
-from rewards.terminal import aligned, user_errors
+from rewards.terminal import Arguments, aligned, quiet_ends, user_errors
 
 # All that need a text and a gold alone.
 DEFAULT = [name for name in REWARDS if name != "soft_overlong_reward_func"]
@@ -31,8 +31,8 @@ FINDINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    with user_errors():
+    with quiet_ends(), user_errors():
+        given = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         _check(given)
         try:
             print(_one(given) if given.response is not None else _many(given))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m rewards",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
