@@ -1,6 +1,6 @@
 """Audit rewards on completions that were recorded, or score one text.
 
-python -m rewards RUN                                            a run folder's completions.jsonl
+python -m rewards RUN                                            a run folder's completions, an evaluation's answers
 python -m rewards answers.jsonl --rewards numeric_reward_func my_module:my_reward --reward_weights 1 0.5
 python -m rewards --response '6 * 7 = 42  #### 42' --expected 42
 """
@@ -69,7 +69,8 @@ def _check(given: argparse.Namespace) -> None:
     if (given.response is None) != (given.expected is None):
         raise ValueError("--expected: expected together with --response; a FILE has its own gold answers")
     if given.file and given.file.is_dir():
-        given.file = given.file / "completions.jsonl"
+        answers = given.file / "answers.jsonl"  # an evaluation's
+        given.file = answers if answers.is_file() else given.file / "completions.jsonl"
     if given.file and not given.file.is_file():
         raise ValueError(f"{given.file}: expected a JSONL file, or a run folder that holds a completions.jsonl")
     for name in ("rows", "reward_timeout"):

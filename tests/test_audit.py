@@ -234,6 +234,12 @@ def test_what_is_typed_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 # --- what is printed
 
 
+def test_an_evaluations_own_folder_is_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file(tmp_path, [{"response": "#### 7", "expected": "7"}]).rename(tmp_path / "answers.jsonl")
+    program.main([str(tmp_path)])
+    assert capsys.readouterr().out.startswith("1 completions; 100.0% are right")
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     """`python -m rewards FILE | true`; the pipe's other end is closed before anything is written to it."""
     reading, writing = os.pipe()
