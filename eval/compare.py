@@ -18,9 +18,11 @@ from eval.evaluate import Answered, Evaluation, read_answers
 from eval.report import method, side_by_side, summary_cells
 from eval.statistics import Paired
 from rewards.tables import Cells, aligned, markdown
+from rewards.terminal import Arguments, program
 from sft_core.checkpoint import write_text
 from sft_core.cli import run_ends, user_errors
 from sft_core.config import require
+from sft_core.source import stages_in
 
 PAIRED_METHOD = (
     "won: wrong in the first, right in the second. In brackets the difference's 95% interval (Newcombe 1998, method "
@@ -98,7 +100,10 @@ def evaluations(runs: Sequence[Path]) -> list[Named]:
     if len(runs) == 1:
         files = _heldout(runs[0])
         if len(files) < 2:
-            raise ValueError(f"{runs[0]}: expected two RUNs, or a GRPO run folder with evaluations before and after")
+            raise ValueError(
+                f"{runs[0]}: expected two RUNs, or a GRPO run folder with evaluations before and after"
+                f"{stages_in(runs[0])}"
+            )
         found = [Named(name, file, read_answers(file)) for name, file in (("before", files[0]), ("after", files[-1]))]
     else:
         names = [chr(ord("A") + i) if len(runs) <= 26 else f"run {i + 1}" for i in range(len(runs))]
@@ -119,6 +124,7 @@ def _answers_file(run: Path) -> Path:
             return path
     raise ValueError(
         f"{run}: expected an evaluation's run folder (with answers.jsonl), GRPO's (with heldout/), or such a file"
+        f"{stages_in(run)}"
     )
 
 
@@ -168,16 +174,19 @@ def report(runs: Sequence[Named], as_markdown: bool, show: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Arguments(
+        program(), description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="what is compared; the first with each other")
     parser.add_argument("--show", type=int, default=2, help="problems won and lost that are shown; default: 2 of each")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown, too")
-    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with run_ends():
         with user_errors():
+            given = parser.parse_args(sys.argv[1:] if argv is None else argv)
             require(given.show >= 0, "show", given.show, "0 or more")
+            if given.markdown:
+                free = given.markdown.parent.is_dir() and not given.markdown.is_dir()
+                require(free, "markdown", given.markdown, "a file in a folder that is there")
             runs = evaluations(given.runs)
         print(report(runs, as_markdown=False, show=given.show), end="")
         if given.markdown:

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes,
 from rewards import last_number, same_number
 from rewards.jsonl import read_jsonl
 from sft_core.checkpoint import random_state, set_random_state
+from sft_core.clock import bar_seconds
 from sft_core.config import TaskConfig
 from sft_core.policy import Policy
 from sft_core.prompts import FORMATS, encode_prompt, prompt_messages
@@ -190,7 +192,12 @@ def evaluate(
     replies: dict[int, list[Reply]] = {i: [] for i in by_length}
     start = time.perf_counter()
     with tqdm(
-        total=len(examples) * (1 + samples), desc="evaluate", unit="answer", disable=not progress, leave=False
+        total=len(examples) * (1 + samples),
+        desc="evaluate",
+        unit="answer",
+        disable=not progress,
+        leave=not sys.stderr.isatty(),  # in a file nothing can be taken back
+        mininterval=bar_seconds(),
     ) as bar:
 
         def ask(rows: list[int], sampling: Sampling) -> None:
@@ -200,9 +207,9 @@ def evaluate(
                 lengths, truncated = drawn.rows.completion_len_N.tolist(), drawn.truncated_N.tolist()
                 for i, text, tokens, cut in zip(batch, drawn.texts, lengths, truncated, strict=True):
                     replies[i].append(_mark(text, examples[i].answer, task, tokens, cut))
-                bar.update(len(batch))
                 greedy = [r[0].strict for r in replies.values() if r]
-                bar.set_postfix(accuracy=f"{sum(greedy) / len(greedy):.1%}")
+                bar.set_postfix(accuracy=f"{sum(greedy) / len(greedy):.1%}", refresh=False)
+                bar.update(len(batch))
 
         ask(by_length, Sampling(max_completion_tokens, temperature=0))
         if samples:

@@ -6,7 +6,6 @@ is wrong, causes before what they cause, with the numbers that say so and the fl
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -19,7 +18,8 @@ from typing import Any
 from grpo_core import findings as symptoms
 from grpo_core.findings import SOLVED, Finding
 from grpo_core.readlog import LEAST_LINES, Run, read_run
-from sft_core.cli import user_errors
+from rewards.terminal import Arguments
+from sft_core.cli import run_ends, user_errors
 
 Symptom = Callable[[Run], Finding | None]
 
@@ -167,11 +167,11 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m grpo_core.doctor", description=(__doc__ or "").split("\n")[0])
+    parser = Arguments(prog="python -m grpo_core.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of grpo_core.train or sft_core.train")
     parser.add_argument("--json", action="store_true", help="findings, notes and numbers as JSON")
-    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    with user_errors():
+    with run_ends(), user_errors():
+        given = parser.parse_args(sys.argv[1:] if argv is None else argv)
         run = read_run(given.run)
         print(json.dumps(as_json(run), indent=2, allow_nan=False) if given.json else report(run))
 

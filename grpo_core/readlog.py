@@ -17,6 +17,7 @@ import yaml
 
 from grpo_core.config import GRPOConfig
 from rewards.jsonl import read_jsonl
+from sft_core.source import stages_in
 
 LEAST_LINES = 10  # two lines in a fifth; one is no mean
 
@@ -143,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no such run.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: expected a run folder; there is no config.yaml in it")
+        raise ValueError(f"{folder}: expected a run folder; there is no config.yaml in it{stages_in(folder)}")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

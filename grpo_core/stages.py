@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -208,7 +209,12 @@ def _configs(
         started = "" in left
         flags = [*([f"--preset={preset}"] if preset else []), *tokens[stage.kind]]
         flags += left[stage.origin].flags if started else []
-        config = parse_config(CONFIGS[stage.kind], flags, PRESETS[stage.kind])
+        try:
+            config = parse_config(CONFIGS[stage.kind], flags, PRESETS[stage.kind])
+        except ValueError as error:
+            flag, rest_of_it = re.match(r"(--\w+|)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            typed = {given.plain: given.name for given in rest if given.kind == stage.kind}
+            raise ValueError(typed.get(flag, flag) + rest_of_it) from error
         if not started:
             left[""] = _start(config, folder, stages)
         configs[stage.name] = config

@@ -32,6 +32,7 @@ from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
+from sft_core.clock import bar_seconds
 from sft_core.config import Refused
 from sft_core.dryrun import UNTOUCHED
 from sft_core.hub import check_run_push, push_run
@@ -162,7 +163,15 @@ class GRPORun:
         pieces = Pieces(policy.tokenizer)
         policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
         self.look(done)  # a run that stopped at an evaluation makes up for it
-        bar = tqdm(range(done + 1, steps + 1), "GRPO", steps, initial=done, disable=not config.progress, unit="step")
+        bar = tqdm(
+            range(done + 1, steps + 1),
+            "GRPO",
+            steps,
+            initial=done,
+            disable=not config.progress,
+            unit="step",
+            mininterval=bar_seconds(),
+        )
         for step in bar:
             skipped, optimizer.skipped_rows = optimizer.skipped, []
             examples = self.prompts(config.prompts_per_step)
@@ -173,6 +182,7 @@ class GRPORun:
                 reward=f"{record['reward_mean']:.2f}",
                 accuracy=f"{record['accuracy']:.0%}",
                 length=f"{record['length_mean']:.0f}",
+                refresh=False,
             )
             if step % config.log_every == 0 or step == steps or optimizer.skipped > skipped:
                 epoch = self.prompts.position / task.size if task.size else 0.0

@@ -1,6 +1,6 @@
 """Audit rewards on completions that were recorded, or score one text.
 
-python -m rewards RUN                                            a run folder's completions.jsonl
+python -m rewards RUN                                            a run folder's completions, an evaluation's answers
 python -m rewards answers.jsonl --rewards numeric_reward_func my_module:my_reward --reward_weights 1 0.5
 python -m rewards --response '6 * 7 = 42  #### 42' --expected 42
 """
@@ -19,7 +19,7 @@ from rewards.audit import EXTRACTORS, Audit, Recorded, audit, read_recorded, sco
 from rewards.call import RewardError
 from rewards.combine import REWARDS, load_rewards
 from rewards.tables import aligned
-from rewards.terminal import user_errors
+from rewards.terminal import Arguments, quiet_ends, user_errors
 
 # All that need a text and a gold alone.
 DEFAULT = [name for name in REWARDS if name != "soft_overlong_reward_func"]
@@ -32,8 +32,8 @@ FINDINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    with user_errors():
+    with quiet_ends(), user_errors():
+        given = _parser().parse_args(sys.argv[1:] if argv is None else argv)
         _check(given)
         try:
             print(_one(given) if given.response is not None else _many(given))
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m rewards",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,7 +70,8 @@ def _check(given: argparse.Namespace) -> None:
     if (given.response is None) != (given.expected is None):
         raise ValueError("--expected: expected together with --response; a FILE has its own gold answers")
     if given.file and given.file.is_dir():
-        given.file = given.file / "completions.jsonl"
+        answers = given.file / "answers.jsonl"  # an evaluation's
+        given.file = answers if answers.is_file() else given.file / "completions.jsonl"
     if given.file and not given.file.is_file():
         raise ValueError(f"{given.file}: expected a JSONL file, or a run folder that holds a completions.jsonl")
     for name in ("rows", "reward_timeout"):

@@ -2,9 +2,68 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are exceptions of one line that name the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
+
+    @property
+    def flags(self) -> list[str]:
+        """Every flag, in one spelling each."""
+        return [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
+
+    def unknown(self, flags: Sequence[str]) -> NoReturn:
+        no_such_flag(next((f for f in flags if f.startswith("--")), flags[0]), self.flags)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.unknown(unknown)
+        return given
+
+
+def no_such_flag(flag: str, known: Iterable[str]) -> NoReturn:
+    """
+    Raises:
+        ValueError: names the flag and the nearest of the known ones.
+    """
+    name = flag.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+
+
+def program() -> str | None:
+    """As it was typed, `python -m eval`; argparse would say `__main__.py` before Python 3.14."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+
+
+@contextmanager
+def quiet_ends() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a program in one line, a reader that has gone (`| head`) in none. Exit codes: 130, 143,
+    and 141 as a shell has it for SIGPIPE."""
+    try:
+        yield
+        sys.stdout.flush()  # what is printed at the last moment can find its reader gone, too
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is left in the buffer, for Python would complain of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
 
 
 @contextmanager

@@ -7,19 +7,21 @@ lines had been typed as flags before the real ones, so types, choices and errors
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
 
+from rewards.terminal import Arguments, program, quiet_ends
+from rewards.terminal import no_such_flag as no_such_flag
 from rewards.terminal import user_errors as user_errors  # every program's, with or without torch
 from sft_core.checkpoint import NotSaved, is_checkpoint
 from sft_core.config import FREE_ON_RESUME, NEWEST
@@ -32,35 +34,38 @@ ENVIRONMENT = """environment: MODEL_NAME sets --model, OUTPUT_DIR sets --output_
 where OUTPUT_DIR does not; each above a preset and below --config and flags."""
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are exceptions of one line that name the nearest known flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
-
-    @property
-    def flags(self) -> list[str]:
-        """Every flag, in one spelling each."""
-        return [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
-
-    def unknown(self, flags: Sequence[str]) -> NoReturn:
-        no_such_flag(next((f for f in flags if f.startswith("--")), flags[0]), self.flags)
+class Parser(Arguments, HfArgumentParser):
+    """A config class's flags, with errors of one line."""
 
 
-def no_such_flag(flag: str, known: Iterable[str]) -> NoReturn:
-    """
-    Raises:
-        ValueError: names the flag and the nearest of the known ones.
-    """
-    name = flag.split("=")[0]
-    near = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+class Help(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each flag, what turns a switch off beside it, and defaults where there is something to say."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        if action.const is True:
+            return ", ".join([*flags, *(f"--no_{action.dest}" for _ in flags[:1] if action.default is True)])
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(flags or action.option_strings)} {values}".rstrip()
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        several = action.nargs == "+" and isinstance(action.option_strings, list) and action.option_strings
+        return f"{default_metavar} ..." if several else super()._format_args(action, default_metavar)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default is None or default is False or default in ("", [], argparse.SUPPRESS) or "default:" in text:
+            return text
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        return text + f" (default: {str(default).replace('%', '%%')})"
 
 
 def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None = None) -> Parser:
     """The parser of a config class; `names` are those of its presets."""
     parser = Parser(
         cast(Any, cls),
+        prog=program(),
+        formatter_class=Help,
         allow_abbrev=False,
         usage="%(prog)s [--preset NAME] [--config FILE] [--flag value ...]",
         description=sys.modules[cls.__module__].__doc__,
@@ -76,6 +81,8 @@ def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None =
             else f"named settings; default: {default_preset}, unless --model, --task or --config is given",
         )
     for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS  # it is told beside the switch that it turns off
         if action.dest == "resume":
             action.nargs, action.const = "?", NEWEST
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
@@ -265,13 +272,11 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def run_ends() -> Iterator[None]:
-    """Ctrl-C, SIGTERM, a full disk and gradients that stay without a number end a run in one line, after what
-    `Progress.kept` says. Exit codes: 130, 143, 1."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
-    except (NotSaved, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    """Ctrl-C, SIGTERM, a reader that has gone, a full disk and gradients that stay without a number end a run in one
+    line at most, after what `Progress.kept` says. Exit codes: as `quiet_ends`, else 1."""
+    with quiet_ends():
+        try:
+            yield
+        except (NotSaved, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
+
+
+def bar_seconds() -> float:
+    """Between two drawings of a progress bar; in a file, where none is drawn over another, they are to be few."""
+    return 0.1 if sys.stderr.isatty() else 10.0
 
 
 class Stopwatch:

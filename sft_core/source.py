@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -50,6 +51,17 @@ def refused(name: str) -> Iterator[None]:
         raise Refused(f"{name}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
+@contextmanager
+def no_retries_told() -> Iterator[None]:
+    """A hub that cannot be reached is one line of ours in the end, not two of its library's for each attempt."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
 def find_source(config: ModelConfig) -> Source:
     """Resolve --model and --adapter_path, reading configuration files and the headers of local weights only.
 
@@ -79,14 +91,18 @@ def find_source(config: ModelConfig) -> Source:
             base = _base_of(description, described)
         _check_weights(f"the adapter {adapter}", Path(adapter), ["adapter_model.safetensors"])
     try:
-        values, _ = PreTrainedConfig.get_config_dict(base)
+        with no_retries_told():
+            values, _ = PreTrainedConfig.get_config_dict(base)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = next(iter(str(error).strip().splitlines()), "")[:160]
         raise ValueError(
             f"--model {base}: neither a model folder here nor to be had from the hub ({reason})"
         ) from error
     if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"--model {base}: holds no config.json with a model_type, so it is not a model folder")
+        raise ValueError(
+            f"--model {base}: holds no config.json with a model_type, so it is not a model folder"
+            f"{stages_in(Path(base))}"
+        )
     _check_safe(base, values)
     if Path(base).is_dir() and not config.from_scratch:
         _check_weights(f"--model {base}", Path(base), _weight_files(Path(base)))
@@ -150,6 +166,15 @@ def is_a_path(name: str) -> bool:
     """Hub names are `name` or `owner/name`; anything rooted, deeper, or below an existing folder is meant as a path."""
     path = Path(name)
     return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or Path(path.parts[0]).is_dir()
+
+
+def stages_in(folder: Path) -> str:
+    """The end of an error of which the reason can be that a folder is a pipeline's: the run folders in it."""
+    if not (folder / "pipeline.yaml").is_file():
+        return ""
+    return (
+        f"; it is a pipeline's, with the runs {', '.join(sorted(p.parent.name for p in folder.glob('*/config.yaml')))}"
+    )
 
 
 def _overrides(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from sft_core.checkpoint import not_saved
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.clock import Stopwatch
+from sft_core.clock import Stopwatch, bar_seconds
 from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
 from sft_core.dryrun import UNTOUCHED, sft_plan
 from sft_core.hub import check_run_push, push_run
@@ -181,7 +181,15 @@ class SFTRun:
         steps, done = self.job.steps, self.progress.step
         policy.model.train()
         self.look(done)  # a run that stopped at an evaluation makes up for it
-        bar = tqdm(range(done + 1, steps + 1), "SFT", steps, initial=done, disable=not config.progress, unit="step")
+        bar = tqdm(
+            range(done + 1, steps + 1),
+            "SFT",
+            steps,
+            initial=done,
+            disable=not config.progress,
+            unit="step",
+            mininterval=bar_seconds(),
+        )
         for step in bar:
             clock = Stopwatch(policy.device)
             lr = optimizer.lr
@@ -195,7 +203,7 @@ class SFTRun:
                 record |= {"learning_rate": lr, "tokens": tokens, "time_per_step_s": clock.total}
                 record |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
                 self.folder.log("train", step, record)
-                bar.set_postfix(loss=f"{record['loss']:.3f}")
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             self.progress.completed(step)
             at_fault = [examples[row].question for row in optimizer.skipped_rows]
             optimizer.stop_if_lost(step, "; ".join(repr(question[:60]) for question in at_fault[:3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -220,6 +221,8 @@ def test_what_is_typed_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
         (): "expected either a FILE of completions or one text as --response",
         (path, "--response", "7", "--expected", "7"): "expected either a FILE",
         ("--response", "7"): "--expected: expected together with --response",
+        (path, "--row", "1"): "--row: no such flag; did you mean --rows?",
+        (path, "--rows", "few"): "--rows: invalid int value: 'few'",
         (path, "--rows", "-1"): "--rows -1: expected 0 or more",
         (str(tmp_path),): f"{tmp_path / 'completions.jsonl'}: expected a JSONL file, or a run folder",
         (str(tmp_path / "empty.jsonl"),): "holds no completion",
@@ -232,6 +235,22 @@ def test_what_is_typed_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 
 # --- what is printed
+
+
+def test_an_evaluations_own_folder_is_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file(tmp_path, [{"response": "#### 7", "expected": "7"}]).rename(tmp_path / "answers.jsonl")
+    program.main([str(tmp_path)])
+    assert capsys.readouterr().out.startswith("1 completions; 100.0% are right")
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    """`python -m rewards FILE | true`; the pipe's other end is closed before anything is written to it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    path = file(tmp_path, [{"response": "7", "expected": "7"}])
+    done = subprocess.run([sys.executable, "-m", "rewards", path], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_one_text_is_scored_on_the_command_line() -> None:

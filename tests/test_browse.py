@@ -174,6 +174,9 @@ def test_what_holds_no_run_of_grpo_is_one_line(run: Path, tmp_path: Path, capsys
     assert f"{tmp_path}: expected a run folder" in refused(tmp_path, capsys)
     assert "--max_tokens -1: expected 0 or more" in refused(run, capsys, "--max_tokens", "-1")
     assert "expected a file in an existing folder" in refused(run, capsys, "--output", str(tmp_path / "no" / "a.html"))
+    assert f"--output {run}: expected a file" in refused(run, capsys, "--output", str(run))
+    assert "nowhere: expected a run folder" in refused(tmp_path / "nowhere", capsys)
+    assert "--outptu: no such flag; did you mean --output?" in refused(run, capsys, "--outptu", "a.html")
     (run / "config.yaml").write_text("batch_size: 2\nlr: 1.0e-6\n")
     assert "expected a run of grpo_core.train" in refused(run, capsys)
 

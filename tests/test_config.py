@@ -318,3 +318,5 @@ def test_help_lists_every_flag_with_its_explanation(package: str, capsys: pytest
         assert f"--{field.name}" in text
         assert "".join(field.metadata["help"].split()) in text
     assert "--preset" in text and "--config" in text
+    assert "(default:)" not in text and "(default:None)" not in text and "(default:False)" not in text
+    assert "--prompt-format" not in text and "--rows_leave,--no_rows_leave" in text and "--shots" in text

@@ -257,6 +257,15 @@ def test_the_summary_of_samples_is_the_mean_over_problems() -> None:
     assert summary["accuracy"] == 0.5  # of the greedy answers
 
 
+def test_a_progress_bar_in_a_file_is_a_few_whole_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked(monkeypatch, {f"q{i}": "#### 7" for i in range(40)})
+    evaluate(tiny_policy(), [Example(f"q{i}", "#### 7", "7") for i in range(40)], HASH, 20, 1, progress=True)
+    drawn = capsys.readouterr().err
+    assert drawn.count("\r") <= 3 and "accuracy=100.0%" in drawn and drawn.endswith("\n")
+
+
 # --- the summary
 
 

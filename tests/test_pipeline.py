@@ -87,7 +87,9 @@ def test_a_file_holds_the_same_flags_and_the_command_line_overrides_it(tmp_path:
         (["--mode", "all", "--model", "x", "--sft.from_scratch"], "--from_scratch: its random weights are in no file"),
         (["--resume", "nowhere"], "--resume nowhere: holds no pipeline.yaml"),
         (["--mode", "most"], "--mode: invalid choice: 'most'"),
-        (["--grpo.group_size", "1"], "--group_size 1: expected 2 or more"),
+        (["--grpo.group_size", "1"], "--grpo.group_size 1: expected 2 or more"),
+        (["--grpo.lr", "much"], "--grpo.lr: invalid float value: 'much'"),
+        (["--eval_problems", "few"], "--eval_problems: invalid int value: 'few'"),
         (["word"], "word: expected a flag"),
     ],
 )
@@ -168,7 +170,7 @@ def test_the_adapter_that_sft_has_trained_is_the_one_that_grpo_trains(model: Pat
     [
         (["--grpo.rewards", "no_such"], "no such reward"),
         (["--grpo.max_completion_tokens", "1000"], "--max_completion_tokens 1000: more than the 128 tokens"),
-        (["--eval.task", "no.jsonl"], "--task no.jsonl"),
+        (["--eval.task", "no.jsonl"], "--eval.task no.jsonl"),
         (["--max_prompt_tokens", "3"], "prompts are longer"),
         (["--model", "/no/such/model"], "--model /no/such/model: no such folder"),
     ],

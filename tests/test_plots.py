@@ -216,6 +216,7 @@ def test_runs_of_all_kinds_share_a_picture(
     ("flags", "message"),
     [
         (["--output", "curve.png"], "--output curve.png: expected a folder; --sheets curve writes one picture alone"),
+        (["--smoth", "1"], "--smoth: no such flag; did you mean --smooth?"),
         (["--smooth", "0"], "--smooth 0: expected 1 or more"),
         (["nowhere"], "nowhere: expected a run folder; there is no config.yaml in it"),
         (["EVALUATIONS"], "log.jsonl: holds no training step yet"),
@@ -230,6 +231,14 @@ def test_what_cannot_be_drawn_is_one_line(
         main([str(EMBEDDED / "seed-1"), *flags])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith(f"{message}\n") and error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="1"):
+        main([str(EMBEDDED / "seed-1"), "--output", str(tmp_path / "file" / "plots")])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'file' / 'plots'} could not be written: ") and error.count("\n") == 1
 
 
 def test_without_matplotlib_the_extra_is_named(

@@ -15,7 +15,10 @@ from pathlib import Path
 from benchmarks.plots.lines import by_settings, one_by_one, read_runs
 from benchmarks.plots.panels import SHEETS, panels
 from benchmarks.plots.summary import seeds, summary
-from sft_core.cli import user_errors
+from grpo_core.readlog import Run
+from rewards.terminal import Arguments
+from sft_core.checkpoint import not_saved
+from sft_core.cli import run_ends, user_errors
 
 TITLES = {
     "losses": "losses and the optimizer",
@@ -27,7 +30,7 @@ TITLES = {
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.plots", description=__doc__, allow_abbrev=False)
+    parser = Arguments("python -m benchmarks.plots", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--output", type=Path, help="a folder; default: plots/ in the run, or here for several runs")
     parser.add_argument("--sheets", nargs="+", choices=SHEETS, default=list(SHEETS), help="which; default: all")
@@ -51,23 +54,31 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with user_errors():
-        given = arguments(sys.argv[1:] if argv is None else argv)
-        runs = read_runs(given.runs)
+    with run_ends():
+        with user_errors():
+            given = arguments(sys.argv[1:] if argv is None else argv)
+            runs = read_runs(given.runs)
+        write(given, runs)
+
+
+def write(given: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Print the summaries and draw the sheets."""
     from benchmarks.plots.sheet import draw
 
     lines = (by_settings if given.seeds else one_by_one)(runs)
     window = given.smooth or max(len(run.train) for run in runs) // 20
     window += window % 2 == 0  # as many to the left as to the right
     output = given.output or (given.runs[0] / "plots" if len(runs) == 1 else Path("plots"))
-    output.mkdir(parents=True, exist_ok=True)
+    with not_saved(output):
+        output.mkdir(parents=True, exist_ok=True)
     for text in [*map(summary, runs), *(seeds(line) for line in lines if len(line.runs) > 1)]:
         print(text)
     for sheet in given.sheets:
         found = panels(sheet, runs)
         if found:
             parts = sheet == "timing"
-            draw(output / f"{sheet}.png", TITLES[sheet], found, lines, window, parts)
+            with not_saved(output / f"{sheet}.png"):
+                draw(output / f"{sheet}.png", TITLES[sheet], found, lines, window, parts)
             print(f"wrote {output / sheet}.png")
         else:
             print(f"no {sheet}.png: the runs have logged nothing of it")
