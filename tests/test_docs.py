@@ -55,6 +55,28 @@ def test_a_session_prints_what_its_page_says(page: Path) -> None:
     assert run_sessions(page.read_text(encoding="utf-8"), page.name) == [], ANEW
 
 
+@pytest.mark.parametrize("printed", ["3 of 0.249 and 1.5e-06", "3 of 0.251 and 1.4e-06"])
+def test_a_session_may_be_one_off_in_the_last_digit_of_a_decimal(printed: str) -> None:
+    text = f"```python\n>>> print('{printed}')\n3 of 0.250 and 1.5e-06\n```\n"
+    assert run_sessions(text, "page") == []
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "4 of 0.250 and 1.5e-06",
+        "3 of 0.252 and 1.5e-06",
+        "3 of -0.250 and 1.5e-06",
+        "3 of 0.250",
+        "3 or 0.250 and 1.5e-06",
+    ],
+)
+def test_a_session_may_be_no_more_off_than_that(printed: str) -> None:
+    text = f"```python\n>>> print('{printed}')\n3 of 0.250 and 1.5e-06\n```\n"
+    [wrong] = run_sessions(text, "page")
+    assert wrong.got == printed + "\n"
+
+
 @every_page
 def test_a_table_on_file_is_the_one_that_the_code_makes(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
