@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import grpo_core.train
 import sft_core.train
@@ -34,6 +36,8 @@ def child(program: Program, argv: Sequence[str], out: Path) -> int:
     if pid:
         return pid
     code = 1
+    # tqdm's lock is a semaphore that forked processes share: a child killed while it draws its bar would keep it.
+    tqdm.set_lock(threading.RLock())
     try:
         with out.open("a") as file:
             os.dup2(file.fileno(), 1)
