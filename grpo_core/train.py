@@ -32,7 +32,7 @@ from grpo_core.warmstart import tiny_sft
 from rewards import Reward, RewardError, check_signatures, load_rewards
 from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.clock import bar_seconds
+from sft_core.clock import step_bar
 from sft_core.config import Refused
 from sft_core.dryrun import UNTOUCHED
 from sft_core.hub import check_run_push, push_run
@@ -163,15 +163,7 @@ class GRPORun:
         pieces = Pieces(policy.tokenizer)
         policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
         self.look(done)  # a run that stopped at an evaluation makes up for it
-        bar = tqdm(
-            range(done + 1, steps + 1),
-            "GRPO",
-            steps,
-            initial=done,
-            disable=not config.progress,
-            unit="step",
-            mininterval=bar_seconds(),
-        )
+        bar = step_bar("GRPO", done, steps, config.progress)
         for step in bar:
             skipped, optimizer.skipped_rows = optimizer.skipped, []
             examples = self.prompts(config.prompts_per_step)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Where the time of a step goes, and how far a run has come."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 
 def bar_seconds() -> float:
     """Between two drawings of a progress bar; in a file, where none is drawn over another, they are to be few."""
     return 0.1 if sys.stderr.isatty() else 10.0
+
+
+def step_bar(name: str, done: int, steps: int, shown: bool) -> tqdm[int]:
+    """The steps from `done` + 1 to `steps`, under a progress bar where it is to be shown."""
+    return tqdm(
+        range(done + 1, steps + 1),
+        name,
+        steps,
+        initial=done,
+        disable=not shown,
+        unit="step",
+        mininterval=bar_seconds(),
+    )
 
 
 class Stopwatch:

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import set_seed
 
 from sft_core.checkpoint import not_saved
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.clock import Stopwatch, bar_seconds
+from sft_core.clock import Stopwatch, step_bar
 from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
 from sft_core.dryrun import UNTOUCHED, sft_plan
 from sft_core.hub import check_run_push, push_run
@@ -181,15 +180,7 @@ class SFTRun:
         steps, done = self.job.steps, self.progress.step
         policy.model.train()
         self.look(done)  # a run that stopped at an evaluation makes up for it
-        bar = tqdm(
-            range(done + 1, steps + 1),
-            "SFT",
-            steps,
-            initial=done,
-            disable=not config.progress,
-            unit="step",
-            mininterval=bar_seconds(),
-        )
+        bar = step_bar("SFT", done, steps, config.progress)
         for step in bar:
             clock = Stopwatch(policy.device)
             lr = optimizer.lr

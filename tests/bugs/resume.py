@@ -21,7 +21,7 @@ BUGS = [
     Mutation(
         22,
         "the last step is taken twice",
-        "grpo_core/train.py",
+        "sft_core/clock.py",
         "range(done + 1, steps + 1)",
         "range(max(done, 1), steps + 1)",
         "Its weights are in the checkpoint already: one step too many, on the next step's problems, under its number.",
