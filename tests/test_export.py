@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval.export
 import sft_core.train
-from eval.export import difference, logits, zipped
+from eval.export import TOLERANCE, difference, logits, zipped
 from sft_core.checkpoint import NotSaved
 from sft_core.policy import Policy
 from tests.faulty import SFT, command
@@ -37,6 +37,12 @@ def exported(*argv: Any) -> None:
     eval.export.main([str(arg) for arg in argv])
 
 
+def apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference as a share of the largest logit: the float32 rounding of W + BA is relative to the size of
+    the numbers, and which way it goes depends on the processor's order of adding up."""
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
 def the_error(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 2) -> str:
     with pytest.raises(SystemExit) as end:
         exported(*argv)
@@ -50,8 +56,8 @@ def test_a_merged_adapter_is_one_model_with_the_same_logits(adapted: Path, model
     base = AutoModelForCausalLM.from_pretrained(model)
     expected = logits(PeftModel.from_pretrained(base, adapted / "final"))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    assert torch.allclose(expected, found, atol=1e-5)
-    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(model)), found, atol=1e-2)
+    assert apart(expected, found) <= TOLERANCE
+    assert apart(logits(AutoModelForCausalLM.from_pretrained(model)), found) > 0.01
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} < names
     assert not any("adapter" in name for name in names)
@@ -69,12 +75,14 @@ def test_a_run_its_final_model_and_a_checkpoint_are_exported_by_their_names(whol
         assert not (tmp_path / str(number) / "training").exists()
 
 
-def test_an_adapter_on_a_model_is_told_of_by_its_own_run(adapted: Path, model: Path, tmp_path: Path) -> None:
+def test_the_card_of_an_adapter_on_another_model_describes_the_adapters_run(
+    adapted: Path, model: Path, tmp_path: Path
+) -> None:
     exported(model, "--adapter_path", adapted, "--merge", "--output", tmp_path / "merged")
     assert "trained by supervised fine-tuning" in (tmp_path / "merged" / "README.md").read_text()
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     base = AutoModelForCausalLM.from_pretrained(model)
-    assert torch.allclose(logits(PeftModel.from_pretrained(base, adapted / "final")), found, atol=1e-5)
+    assert apart(logits(PeftModel.from_pretrained(base, adapted / "final")), found) <= TOLERANCE
 
 
 def test_a_zip_holds_the_export_and_is_the_same_byte_for_byte_each_time(whole: Path, tmp_path: Path) -> None:
