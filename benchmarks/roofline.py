@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Ceilings
 from grpo_core.config import GRPOConfig
-from grpo_core.memory import HALF, SINGLE, Batch, Lengths, kept_bytes, micro_batches
-from sft_core.shapes import Shapes
+from grpo_core.memory.forecast import HALF, SINGLE, Batch, Lengths, kept_bytes, micro_batches
+from sft_core.model.shapes import Shapes
 
 LOGIT_PASSES = 6  # times that a chunk's logits are read or written in a forward pass; as many in its backward pass
 ADAMW = 40  # bytes a trained weight: the gradient read for its norm, scaled, read; weight and two moments read, written

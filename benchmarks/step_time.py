@@ -20,21 +20,21 @@ from unittest.mock import patch
 
 import torch
 
-import eval.generation
-import grpo_core.rollout
+import eval.sampling
+import grpo_core.step
 from benchmarks.machine import Ceilings
 from benchmarks.machine import measured as ceilings_of
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.roofline import phases
 from benchmarks.workload import Steps, names, with_start, workload
-from grpo_core.memory import GB, Lengths
+from grpo_core.memory.forecast import GB, Lengths
 from grpo_core.step import StepReport
 from rewards.tables import markdown
 from sft_core.cli import user_errors
-from sft_core.clock import now
-from sft_core.provenance import provenance, shown_flags
-from sft_core.shapes import shapes_of
-from sft_core.source import find_source
+from sft_core.learn.clock import now
+from sft_core.model.shapes import shapes_of
+from sft_core.model.source import find_source
+from sft_core.run.provenance import provenance, shown_flags
 
 PHASES = ("prefill", "decode", "reward", "reference", "learner", "optimizer")
 
@@ -74,8 +74,8 @@ def timed_phases(steps: Steps) -> Iterator[tuple[Steps, Clock]]:
     learner = steps.learner
     clock = Clock(learner.policy.device)
     places: list[tuple[Any, str, str, str | None]] = [
-        (eval.generation, "prefill_once", "prefill", "decode"),
-        (grpo_core.rollout, "score_groups", "reward", None),
+        (eval.sampling, "prefill_once", "prefill", "decode"),
+        (grpo_core.step, "score_groups", "reward", None),
         (learner.optimizer, "accumulate", "learner", None),
         (learner.optimizer, "clip_and_step", "optimizer", None),
     ]

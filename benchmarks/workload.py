@@ -8,10 +8,11 @@ from pathlib import Path
 
 from grpo_core import train
 from grpo_core.config import GRPOConfig
+from grpo_core.job import prepare
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
 from sft_core.cli import parse_config
-from sft_core.policy import load_policy
+from sft_core.model.policy import load_policy
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -52,13 +53,12 @@ class Steps:
 
     @classmethod
     def of(cls, config: GRPOConfig) -> Steps:
-        job = train.prepare(config)
+        job = prepare(config)
         assert job.source is not None, "with_start comes first"
-        learner = job.learner(job.source)
+        prompts = train.PromptSource(job.task, config.seed)
+        learner = job.learner(job.source, prompts)
         learner.policy.model.train()
-        return cls(learner, train.PromptSource(job.task, config.seed))
+        return cls(learner, prompts)
 
     def __call__(self) -> StepReport:
-        config = self.learner.config
-        more = self.source if config.dynamic_sampling else None
-        return grpo_step(self.learner, self.source(config.prompts_per_step), more)
+        return grpo_step(self.learner, self.source(self.learner.config.prompts_per_step))

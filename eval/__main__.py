@@ -15,51 +15,22 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.config import EvalConfig
 from eval.dryrun import eval_plan
 from eval.evaluate import Evaluation, evaluate
 from eval.report import method, summary_cells, summary_table
 from rewards.tables import markdown
-from sft_core.checkpoint import write_text
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.config import FolderConfig, ModelConfig, Refused, TaskConfig, flag, require
-from sft_core.dryrun import UNTOUCHED
-from sft_core.policy import Policy, load_policy, load_tokenizer
-from sft_core.prompts import drop_long_prompts
-from sft_core.runlog import RunFolder, append_jsonl
-from sft_core.source import Source, check_context, find_source
-from sft_core.tasks import Example, load_heldout
+from sft_core.errors import Refused
+from sft_core.model.policy import Policy, load_policy, load_tokenizer
+from sft_core.model.source import Source, check_context, find_source
+from sft_core.run.checkpoint import write_text
+from sft_core.run.runlog import RunFolder, append_jsonl
+from sft_core.run.told import UNTOUCHED
+from sft_core.text.prompts import drop_long_prompts
+from sft_core.text.tasks import Example, load_heldout
 
 PRESETS = Path(__file__).parent / "presets"
-
-
-@dataclass(frozen=True)
-class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
-    """Greedy evaluation, and samples beside it where they are asked for."""
-
-    batch_size: int = flag(32, "completions drawn at once")
-    samples: int = flag(0, "samples of each problem beside the greedy answer, for pass@k and maj@k; 0: none")
-    temperature: float = flag(1.0, "at which they are drawn (1: GRPO's own default)")
-    seed: int = flag(42, "of the samples")
-    max_completion_tokens: int = flag(256, "completion budget; a completion that reaches it counts as truncated")
-    tensorboard: bool = flag(False, "write TensorBoard events")
-
-    def check(self) -> None:
-        for part in (TaskConfig, ModelConfig, FolderConfig):
-            part.check(self)
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
-        require(self.samples >= 0, "samples", self.samples, "0 or more")
-        require(
-            self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is there already"
-        )
-        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
-        require(
-            self.task != "arithmetic" or self.eval_problems > 0,
-            "eval_problems",
-            self.eval_problems,
-            "more than 0: the arithmetic task has no end",
-        )
 
 
 @dataclass(frozen=True)

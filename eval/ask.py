@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,18 +20,19 @@ from typing import Any
 import transformers
 from transformers import TextStreamer, set_seed
 
+from eval.questions import Question, piped, read_questions, typed, whole
 from eval.sampling import Sampling, sample
 from eval.statistics import agreeing
-from rewards import extract_hash_answer, last_number, parse_number, same_number
-from rewards.jsonl import read_jsonl
+from rewards import last_number, parse_number, same_number
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.config import ModelConfig, PromptConfig, Refused, flag, require
-from sft_core.policy import Policy, load_policy
-from sft_core.prompts import FORMATS, encode_prompt, prompt_messages
-from sft_core.runlog import append_jsonl
-from sft_core.source import Source, check_context, find_source
-from sft_core.tasks import LONE_SURROGATE, Example
-from sft_core.trained import find_both, model_first
+from sft_core.config import ModelConfig, PromptConfig, flag
+from sft_core.errors import Refused, require
+from sft_core.model.policy import Policy, load_policy
+from sft_core.model.source import Source, check_context, find_source
+from sft_core.run.runlog import append_jsonl
+from sft_core.run.trained import find_both, model_first
+from sft_core.text.prompts import FORMATS, encode_prompt, prompt_messages
+from sft_core.text.tasks import Example
 
 KEPT = "asked.jsonl"
 
@@ -71,14 +71,6 @@ class AskConfig(ModelConfig, PromptConfig):
         folder = Path(self.append_to or ".").parent
         free = folder.is_dir() and not (self.append_to and Path(self.append_to).is_dir())
         require(free, "append_to", self.append_to, "a file, in a folder that is there")
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, and the final answer where it is known."""
-
-    text: str
-    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,53 +234,6 @@ def shown(answer: Reply, question: Question, config: AskConfig) -> str:
     if answer.truncated:
         notes.append(f"cut off by --max_completion_tokens {config.max_completion_tokens}")
     return f"{found}   ({', '.join(notes)})"
-
-
-# --- where questions come from
-
-
-def typed() -> Iterator[Question]:
-    """Lines from a terminal until Ctrl-D, or Ctrl-C, at the prompt."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and the lines before)
-    while True:
-        try:
-            line = input("question> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        except UnicodeDecodeError as error:
-            print(f"not asked: {error}")
-            continue
-        yield Question(whole(line))
-
-
-def piped() -> Iterator[Question]:
-    """Lines from standard input until its end."""
-    for line in sys.stdin.buffer:
-        yield Question(line.decode(errors="replace").rstrip("\r\n"))
-
-
-def whole(text: str) -> str:
-    """With a replacement character for each half of a surrogate pair, as bytes that are no UTF-8 leave them behind:
-    tokenizers and files take none."""
-    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def read_questions(path: Path) -> list[Question]:
-    """
-    Raises:
-        ValueError: no file of JSON objects; a line without a question, with its number; no questions.
-    """
-    rows, questions = read_jsonl(path), []
-    for number, row in enumerate(rows, 1):
-        text, answer = row.get("question"), str(row.get("answer"))
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}, line {number}: column question is missing, empty or not a string")
-        questions.append(Question(whole(text), extract_hash_answer(answer)))
-    if not questions:
-        raise ValueError(f"--questions {path}: holds no questions")
-    return questions
 
 
 def prepare(argv: Sequence[str]) -> AskJob:

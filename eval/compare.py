@@ -19,10 +19,10 @@ from eval.report import method, side_by_side, summary_cells
 from eval.statistics import Paired
 from rewards.tables import Cells, aligned, markdown
 from rewards.terminal import Arguments, program
-from sft_core.checkpoint import write_text
 from sft_core.cli import run_ends, user_errors
-from sft_core.config import require
-from sft_core.source import stages_in
+from sft_core.errors import require
+from sft_core.model.source import stages_in
+from sft_core.run.checkpoint import write_text
 
 PAIRED_METHOD = (
     "won: wrong in the first, right in the second. In brackets the difference's 95% interval (Newcombe 1998, method "

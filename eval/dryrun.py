@@ -1,17 +1,14 @@
-"""--dry_run of an evaluation; what it is: sft_core/dryrun.py."""
+"""--dry_run of an evaluation; what it is: sft_core/run/told.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sft_core.dryrun import GB, loaded, told, told_answers, told_folder, told_lengths, told_model
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.source import Source
-from sft_core.tasks import Example
-
-if TYPE_CHECKING:
-    from eval.__main__ import EvalConfig
+from eval.config import EvalConfig
+from sft_core.model.source import Source
+from sft_core.run.told import GB, loaded, told, told_answers, told_folder, told_lengths, told_model
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import Example
 
 
 def eval_plan(config: EvalConfig, source: Source, heldout: Sequence[Example]) -> str:

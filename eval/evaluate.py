@@ -18,12 +18,12 @@ from eval.sampling import Sampling, sample
 from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes, wilson_interval
 from rewards import last_number, same_number
 from rewards.jsonl import read_jsonl
-from sft_core.checkpoint import random_state, set_random_state
-from sft_core.clock import bar_seconds
 from sft_core.config import TaskConfig
-from sft_core.policy import Policy
-from sft_core.prompts import FORMATS, encode_prompt, prompt_messages
-from sft_core.tasks import Example
+from sft_core.learn.clock import bar_seconds
+from sft_core.model.policy import Policy
+from sft_core.run.checkpoint import random_state, set_random_state
+from sft_core.text.prompts import FORMATS, encode_prompt, prompt_messages
+from sft_core.text.tasks import Example
 
 
 @dataclass(frozen=True)

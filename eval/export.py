@@ -24,14 +24,15 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sft_core.card import model_card
-from sft_core.checkpoint import UNFINISHED, NotSaved, not_saved, to_disk, write_whole
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.config import ModelConfig, Refused, flag, require
-from sft_core.hub import CARD, check_push, push, pushing
-from sft_core.policy import Policy, load_policy
-from sft_core.source import Source, find_source
-from sft_core.trained import Trained, find_both, model_first
+from sft_core.config import ModelConfig, flag
+from sft_core.errors import Refused, require
+from sft_core.model.policy import Policy, load_policy
+from sft_core.model.source import Source, find_source
+from sft_core.run.card import model_card
+from sft_core.run.checkpoint import UNFINISHED, NotSaved, not_saved, to_disk, write_whole
+from sft_core.run.hub import CARD, check_push, push, pushing
+from sft_core.run.trained import Trained, find_both, model_first
 
 # Of the largest logit. Merging moves float32's roundings: 2e-6 in the 24 layers of Qwen2.5-0.5B's shape.
 TOLERANCE = 3e-5

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.evaluate import Answered
 from rewards.tables import aligned
-from sft_core.trackers import indented
+from sft_core.run.trackers import indented
 
 METHOD = "Greedy answers; in brackets 95% intervals over problems (Wilson's)."
 SAMPLED_METHOD = " pass@k and maj@k: of samples; Wilson's interval at the mean's effective sample size."

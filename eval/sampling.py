@@ -1,19 +1,39 @@
-"""Completions from a policy, through `model.generate`: drawn, unless top-k, top-p or min-p cut it, from just the
-distribution that the learner scores."""
+"""Completions from a policy through `model.generate`: drawn, unless top-k, top-p or min-p cut it, from just the
+distribution that the learner scores.
+
+A prompt is read once and its keys and values are handed to its G rows. `generate` is called in segments: when a quarter
+of the rows have ended, they leave, and the others continue with their part of the cache.
+
+    q q q | a b e                  first segment: rows 1 and 2 read q once; row 2 ends
+    q q q | c e .
+    q q q | a b e | d f e          second segment: row 1 alone
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
-from eval.generation import generate
-from sft_core.policy import Policy
-from sft_core.rows import Rows, pack_rows, pad
+from sft_core.learn.rows import Rows, pad
+from sft_core.model.backbone import backbone_and_head
+from sft_core.model.half import half_twin
+from sft_core.model.policy import Policy
+
+LEAVING = 4  # a segment ends when one row in so many has ended
 
 
 @dataclass(frozen=True)
@@ -36,46 +56,18 @@ class Samples:
     truncated_N: Tensor  # bool: the budget ended the completion, not the model
     logp_NT: Tensor  # float32: each token's log-probability as the sampler computed it; 0 on padding, empty when greedy
 
-    def followed_by(self, other: Samples, rows: Sequence[int]) -> Samples:
-        """The numbered rows of both batches, the other's counted after this one's, padded anew."""
-        prompts = self.rows.prompt_ids() + other.rows.prompt_ids()
-        completions = self.rows.completion_ids() + other.rows.completion_ids()
-        logps = [*self.logp_NT, *other.logp_NT]  # each as wide as its own batch, so a longest row's is long enough
-        device, texts = self.rows.ids_NL.device, self.texts + other.texts
-        # Which id fills the padding does not matter: masks come from lengths.
-        joined = pack_rows([prompts[row] for row in rows], [completions[row] for row in rows], pad_id=0).to(device)
-        T = joined.mask_NT.shape[1]
-        logp_NT = pad_sequence([logps[row] for row in rows], batch_first=True)[:, :T]
-        truncated_N = torch.cat([self.truncated_N, other.truncated_N])[list(rows)]
-        return Samples(joined, [texts[row] for row in rows], truncated_N, logp_NT)
-
 
 def sample(
     policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, streamer: TextStreamer | None = None
 ) -> Samples:
-    """One completion for each prompt (token lists), all in one batch; a single one is shown to `streamer` on its way.
-
-    The model's shipped generation settings (repetition penalty, top-k, top-p) are not inherited: a policy gradient
-    needs samples of the policy itself, and an evaluation the same decoding for every model.
-    """
-    greedy = sampling.temperature == 0
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_completion_tokens,
-        do_sample=not greedy,
-        eos_token_id=list(policy.eos_ids),
-        pad_token_id=policy.pad_id,
-    )
-    if not greedy:
-        config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        config.update(min_p=sampling.min_p or None)
+    """One completion for each prompt (token lists), in one batch; a single one is shown to `streamer` on its way."""
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
-    completion_NT, logp_NT = generate(policy, prompts, prompt_NP, prompt_len_N, config, sampling.temperature, streamer)
+    completion_NT, logp_NT = _generate(policy, prompts, prompt_NP, prompt_len_N, sampling, streamer)
     completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, completion_len_N, prompt_NP.shape[1])
-    if not greedy:
-        logp_NT = torch.where(rows.mask_NT, logp_NT, 0.0)
-    return Samples(rows, decode(policy, rows), ~ended_N, logp_NT)
+    texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
+    return Samples(rows, texts, ~ended_N, torch.where(rows.mask_NT, logp_NT, 0.0) if sampling.temperature else logp_NT)
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -91,6 +83,138 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
     return torch.where(ended_N, first_N, completion_NT.shape[1]), ended_N
 
 
-def decode(policy: Policy, rows: Rows) -> list[str]:
-    """Each completion's text without special tokens."""
-    return list(policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True))
+def _generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    prompt_NP: Tensor,
+    prompt_len_N: Tensor,
+    sampling: Sampling,
+    streamer: TextStreamer | None,
+) -> tuple[Tensor, Tensor]:
+    """completion_NT, each row's tokens and then filler; logp_NT, float32, at the temperature, before any cut."""
+    device, (N, P), budget = policy.device, prompt_NP.shape, sampling.max_completion_tokens
+    completion_NT = torch.full((N, budget), policy.pad_id, device=device)
+    logp_NT = torch.zeros(N, budget if sampling.temperature else 0, device=device)
+    # None: `generate` makes one of the model's own kind.
+    cache: Any = DynamicCache(config=policy.model.config) if policy.share_prompts or policy.rows_leave else None
+    width = 0  # tokens drawn until now
+    with (
+        torch.inference_mode(),
+        half_twin(policy.model, policy.half_dtype) as model,
+        _ready_to_generate(model),
+        policy.precision.autocast(),
+    ):
+        attention_NP = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
+        if policy.share_prompts:
+            prefill_once(cache, model, prompts, prompt_NP, attention_NP)
+        alive, ids, attention = torch.arange(N, device=device), prompt_NP, attention_NP
+        while len(alive) and width < budget:
+            recorder = _LogprobRecorder(sampling.temperature, policy.eos_ids[0])
+            enough = _SomeHaveEnded(policy.eos_ids, P + width)
+            longer = model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                past_key_values=cache,
+                generation_config=_generation_config(policy, sampling, budget - width),
+                logits_processor=LogitsProcessorList([recorder] if sampling.temperature else []),
+                stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
+                streamer=streamer,
+            )
+            drawn = longer[:, P + width :]
+            end = width + drawn.shape[1]
+            completion_NT[alive, width:end] = drawn
+            if sampling.temperature:
+                recorder.settle(longer[:, -1])
+                logp_NT[alive, width:end] = torch.stack(recorder.logp, dim=1)
+            going = (~completion_lengths(drawn, policy.eos_ids)[1]).nonzero().squeeze(1)
+            alive, ids, width = alive[going], longer[going], end
+            attention = torch.nn.functional.pad(attention[going], (0, P + end - attention.shape[1]), value=1)
+            if cache is not None and len(alive):
+                cache.batch_select_indices(going)
+    # Outside inference mode a copy is a tensor that autograd may save.
+    return completion_NT[:, :width].clone(), logp_NT[:, :width].clone()
+
+
+def _generation_config(policy: Policy, sampling: Sampling, tokens: int) -> GenerationConfig:
+    """All that `generate` is told. The model's own settings (repetition penalty, top-k, top-p) are not inherited."""
+    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
+    if sampling.temperature:
+        config.update(do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        config.update(min_p=sampling.min_p or None)
+    return config
+
+
+def prefill_once(
+    cache: Any, model: Any, prompts: Sequence[Sequence[int]], prompt_NP: Tensor, attention_NP: Tensor
+) -> None:
+    """Put each row's prompt but its last token in the cache, computed once where consecutive prompts are the same."""
+    if prompt_NP.shape[1] == 1:
+        return
+    first = [row for row in range(len(prompts)) if row == 0 or prompts[row] != prompts[row - 1]]
+    attention_RP = attention_NP[first]
+    backbone, _ = backbone_and_head(model)
+    backbone(
+        input_ids=prompt_NP[first, :-1],
+        attention_mask=attention_RP[:, :-1],
+        position_ids=(attention_RP.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    begins = torch.zeros(len(prompts), dtype=torch.long)
+    begins[first[1:]] = 1
+    cache.batch_select_indices(begins.cumsum(dim=0).to(prompt_NP.device))
+
+
+class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
+    """Ends a segment for all of its rows once one in LEAVING has ended."""
+
+    def __init__(self, eos_ids: Sequence[int], start: int) -> None:
+        self.eos_ids, self.start = eos_ids, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ended_N = completion_lengths(input_ids[:, self.start :], self.eos_ids)[1]
+        return (ended_N.sum() * LEAVING >= len(ended_N)).expand(len(ended_N))
+
+
+class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
+    """Keeps each sampled token's log-probability without keeping any step's logits.
+
+    `generate` calls it with the logits of step t, before it applies the temperature; the token drawn from them is the
+    last of `input_ids` at step t + 1. Nothing can be drawn from logits that are not numbers: such a row ends there, and
+    `Optimizer`, whose learner finds the same, skips the step and names the row.
+    """
+
+    def __init__(self, temperature: float, eos_id: int) -> None:
+        self.temperature, self.eos_id = temperature, eos_id
+        self.pending: Tensor | None = None
+        self.logp: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.settle(input_ids[:, -1])
+        self.pending = scores.float() / self.temperature
+        self.normalizer_N = self.pending.logsumexp(dim=-1)
+        lost_N = ~self.normalizer_N.isfinite()
+        if lost_N.any():
+            scores = scores.masked_fill(lost_N[:, None], -torch.inf)
+            scores[lost_N, self.eos_id] = 0.0
+        return scores
+
+    def settle(self, token_N: Tensor) -> None:
+        if self.pending is not None:
+            chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
+            self.logp.append(chosen_N - self.normalizer_N)
+            self.pending = None
+
+
+@contextlib.contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """In eval mode, so that dropout is off and gradient checkpointing does not disable the cache, and with an empty
+    generation config on the model: `generate` fills whatever ours leaves unset from the model's."""
+    was_training, shipped = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+        model.train(was_training)

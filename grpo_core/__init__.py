@@ -1,6 +1,11 @@
-"""How does a language model learn from rewards?
+"""How does a language model learn from rewards? Group Relative Policy Optimization (arXiv 2402.03300) by hand.
 
-Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300) by hand. `grpo_core.step` is Algorithm 1 on a
-screen; `advantages` and `objective` are its mathematics as functions of tensors; `reference` is the frozen pi_ref;
-`train` is the loop around the step. The shape legend that every tensor name follows is in `sft_core.rows`.
+one_page                                             the whole of it on one page, without options
+step, objective, reference                           the same with speed and options: the step, its mathematics, pi_ref
+variants, dynamic, metrics, completions, config      published variants, what is measured, what can be set
+memory/, doctor/                                     what a run will hold; what is wrong with one
+job, train, dryrun, warmstart                        the loop around the step
+pipeline/                                            evaluation, SFT and GRPO in one command
+
+Each line imports only from the lines above it. The shape legend of all tensor names is in `sft_core.learn.rows`.
 """

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_core.config import GRPOConfig
 from grpo_core.metrics import extracted_and_expected
 from grpo_core.step import StepReport
 
 
-def completion_records(step: int, report: StepReport, config: GRPOConfig) -> list[dict[str, Any]]:
+def completion_records(step: int, report: StepReport) -> list[dict[str, Any]]:
     """A record for each sampled completion, for completions.jsonl."""
-    extracted, expected = extracted_and_expected(report, config)
-    rollout, samples = report.rollout, report.rollout.samples
+    extracted, expected = extracted_and_expected(report)
+    rollout, samples, G = report.rollout, report.rollout.samples, report.config.group_size
     reward_N, advantage_N = rollout.reward_BG.flatten().tolist(), report.advantage_BG.flatten().tolist()
     lengths_N, truncated_N = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
     return [
         {
             "step": step,
             "row": row,
-            "group": row // config.group_size,
-            "question": rollout.examples[row // config.group_size].question,
+            "group": row // G,
+            "question": rollout.examples[row // G].question,
             "expected": expected[row],
             "response": samples.texts[row],
             "extracted": extracted[row],
@@ -63,7 +62,7 @@ class Pieces:
     """The text that each token of a completion adds. A token may be a part of a character: then its piece is empty, and
     the token that completes the character has all of it. The pieces always join to the text of all ids.
 
-    >>> from sft_core.tiny import build_tokenizer
+    >>> from sft_core.model.tiny import build_tokenizer
     >>> tokenizer = build_tokenizer()
     >>> Pieces(tokenizer)(tokenizer("Tom has 3 €").input_ids)
     ['Tom', ' has', ' ', '3', ' ', '', '', '€']

@@ -7,11 +7,40 @@ in minutes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from eval.sampling import Sampling
-from grpo_core.objective import LOSSES, Loss
-from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag, require
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag
+from sft_core.errors import require
+
+# The published losses differ in three independent choices: whose ratio (the token's or the sequence's), what a token
+# contributes (`clipped_surrogate` in grpo_core/objective.py, or one of grpo_core/variants.py), and what it weighs.
+RatioLevel = Literal["token", "sequence"]
+TokenLoss = Literal["clip", "cispo", "sapo", "vespo"]
+Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum"]
+
+
+class Loss(NamedTuple):
+    """One choice of each kind."""
+
+    ratio_level: RatioLevel
+    token_loss: TokenLoss
+    aggregation: Aggregation
+
+
+# The names are TRL's (`loss_type`; grpo_trainer.py 1.16.0, lines 3083-3184), where GSPO is a setting instead of a name.
+# A paper's further settings (epsilons, unscaled advantages) are flags of their own.
+LOSSES: dict[str, Loss] = {
+    "grpo": Loss("token", "clip", "sequence_mean"),  # DeepSeekMath, arXiv 2402.03300, eq. 3
+    "bnpo": Loss("token", "clip", "token_mean"),  # TRL's name; equal to dapo here, where the batch is the whole step
+    "dapo": Loss("token", "clip", "token_mean"),  # DAPO, arXiv 2503.14476, eq. 8
+    "dr_grpo": Loss("token", "clip", "constant_length"),  # Dr. GRPO, arXiv 2503.20783, section 3.2 (scale_rewards none)
+    "gspo": Loss("sequence", "clip", "sequence_mean"),  # GSPO, arXiv 2507.18071, eq. 5 (epsilons 3e-4 and 4e-4)
+    "luspo": Loss("sequence", "clip", "sequence_sum"),  # LUSPO, arXiv 2602.05261: GSPO times each sequence's length
+    "cispo": Loss("token", "cispo", "token_mean"),  # MiniMax-M1, arXiv 2506.13585, eq. 4
+    "sapo": Loss("token", "sapo", "sequence_mean"),  # SAPO, arXiv 2511.20347, eq. 5
+    "vespo": Loss("token", "vespo", "token_mean"),  # VESPO, arXiv 2602.10693
+}
 
 # Flags that only some token losses look at.
 USED_BY = {
@@ -32,7 +61,7 @@ class ObjectiveConfig:
     """What is maximised. The defaults are DAPO's loss without its other parts; TRL's names where it has the option."""
 
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "vespo"] = flag(
-        "dapo", "a published loss: a ratio level, a token loss and an aggregation (LOSSES in grpo_core/objective.py)"
+        "dapo", "a published loss: a ratio level, a token loss and an aggregation (LOSSES in grpo_core/config.py)"
     )
     ratio_level: Literal["token", "sequence"] | None = flag(
         None, "whose probability ratio: each token's, or the completion's geometric mean; default: the --loss's"

@@ -1,13 +1,14 @@
-"""--dry_run of GRPO; what it is: sft_core/dryrun.py."""
+"""--dry_run of GRPO; what it is: sft_core/run/told.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from grpo_core.memory import forecast
+from grpo_core.job import GRPOJob
+from grpo_core.memory.forecast import forecast
 from grpo_core.warmstart import tiny_sft_folder
-from sft_core.dryrun import (
+from sft_core.model.source import find_source
+from sft_core.run.told import (
     evaluations_at,
     loaded,
     passes,
@@ -21,10 +22,6 @@ from sft_core.dryrun import (
     told_steps,
     told_task,
 )
-from sft_core.source import find_source
-
-if TYPE_CHECKING:
-    from grpo_core.train import GRPOJob
 
 
 def grpo_plan(job: GRPOJob) -> str:

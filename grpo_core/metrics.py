@@ -7,23 +7,21 @@ counts nowhere.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import nan_std
 from grpo_core.config import GRPOConfig
+from grpo_core.dynamic import equal_groups
+from grpo_core.objective import nan_std
+from grpo_core.step import StepReport, Terms
 from rewards import same_number
-from sft_core.prompts import FORMATS
-
-if TYPE_CHECKING:
-    from grpo_core.step import StepReport
+from sft_core.text.prompts import FORMATS
 
 
 class Tally:
-    """Sums over the micro-batches of a step. Sums stay on the device until the step is over; reading one waits."""
+    """Sums over the micro-batches of a step. Sums stay on the device until all are added; reading one waits."""
 
     def __init__(self, config: GRPOConfig) -> None:
         self.config = config
@@ -34,25 +32,21 @@ class Tally:
         self.clipped_range: list[tuple[int, Tensor, Tensor]] = []
         self.gap: dict[str, float] = {}
 
-    def add_all(self, micro_batches: Sequence[Sequence[Tensor]]) -> None:
-        """Count an update: all of its micro-batches, each as `add` takes it."""
-        for terms in micro_batches:
-            self.add(*terms)
-        self.updates += 1
+    @classmethod
+    def of(cls, report: StepReport) -> Tally:
+        """All of a step's updates."""
+        tally = cls(report.config)
+        for micro_batches in report.updates:
+            for terms in micro_batches:
+                tally.add(terms)
+            tally.updates += 1
+        tally.compare(report.rollout.samples.logp_NT, report.old_logp_NT, report.rows.mask_NT)
+        return tally
 
     @torch.no_grad()
-    def add(
-        self,
-        loss: Tensor,
-        mask_NT: Tensor,
-        weight_NT: Tensor,
-        advantage_NT: Tensor,
-        ratio: Tensor,
-        surrogate_NT: Tensor,
-        kl_NT: Tensor,
-        entropy_NT: Tensor,
-    ) -> None:
-        """Count one micro-batch. `ratio` is (N, T), or (N, 1) for whole completions: then each of those counts once."""
+    def add(self, terms: Terms) -> None:
+        """Count one micro-batch. Where the ratio is that of whole completions, each of those counts once."""
+        loss, mask_NT, weight_NT, advantage_NT, ratio, surrogate_NT, kl_NT, entropy_NT = terms
         counted = mask_NT if ratio.shape == mask_NT.shape else mask_NT.any(dim=1, keepdim=True)
         advantage = advantage_NT if ratio.shape == mask_NT.shape else advantage_NT.sum(dim=1, keepdim=True)
         low, high = clipped_beyond(self.config)
@@ -133,19 +127,19 @@ def clipped_beyond(config: GRPOConfig) -> tuple[float, float]:
     return bounds.get(config.objective.token_loss, (-torch.inf, torch.inf))
 
 
-def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
+def step_record(report: StepReport) -> dict[str, Any]:
     """The log line of a step. Times in seconds: `backward_time_s` is the learner's forward and backward;
     `other_time_s` is all but generation, learner and optimizer, so rewards and reference are within it."""
-    samples, seconds = report.rollout.samples, report.clock.seconds
+    samples, seconds, config = report.rollout.samples, report.clock.seconds, report.config
     lengths_N = samples.rows.completion_len_N.float()
     ended_N = lengths_N[~samples.truncated_N]
     reward_BG, advantage_BG = report.rollout.reward_BG, report.advantage_BG
     known = reward_BG[~reward_BG.isnan()]
-    flat_B = report.rollout.equal_groups(config)
-    answers = zip(*extracted_and_expected(report, config), strict=True)
+    flat_B = equal_groups(report.rollout, config)
+    answers = zip(*extracted_and_expected(report), strict=True)
     correct = [bool(extracted) and same_number(extracted, expected) for extracted, expected in answers]
     record: dict[str, Any] = {
-        **report.tally.means(),
+        **Tally.of(report).means(),
         "reward_mean": float(known.mean()),
         "reward_std": float(nan_std(reward_BG.flatten()[None])),
         "accuracy": sum(correct) / len(correct),
@@ -181,8 +175,8 @@ def step_record(report: StepReport, config: GRPOConfig) -> dict[str, Any]:
     return record
 
 
-def extracted_and_expected(report: StepReport, config: GRPOConfig) -> tuple[list[str], list[str]]:
+def extracted_and_expected(report: StepReport) -> tuple[list[str], list[str]]:
     """For each row: the answer found by the prompt format's rule ('': none), and the gold one."""
-    extract = FORMATS[config.prompt_format].extract
+    config, extract = report.config, FORMATS[report.config.prompt_format].extract
     expected = [example.answer for example in report.rollout.examples for _ in range(config.group_size)]
     return [extract(text) or "" for text in report.rollout.samples.texts], expected

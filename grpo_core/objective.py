@@ -1,4 +1,4 @@
-"""The objective of GRPO as functions of tensors: ratio, clipped surrogate, KL estimator, and the weight of each token.
+"""The mathematics of GRPO as functions of tensors: advantages, token weights, ratio, clipped surrogate, KL estimator.
 
 What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3, with the sign turned):
 
@@ -6,45 +6,66 @@ What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3
 
 The weights hold every normalisation and are computed once for the whole step, so the micro-batches it is cut into add
 up to the same gradient however they are cut.
-
-The published losses differ in three independent choices, and `LOSSES` names their combinations: whose ratio (the
-token's or the sequence's), what a token contributes (`clipped_surrogate`, or one of `grpo_core.variants`), and what it
-weighs.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-RatioLevel = Literal["token", "sequence"]
-TokenLoss = Literal["clip", "cispo", "sapo", "vespo"]
-Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum"]
+from grpo_core.config import Aggregation, RatioLevel
+
+# Keeps a tiny standard deviation from blowing up; the size is TRL's (grpo_trainer.py, 1.16.0, lines 2750-2818).
+EPSILON = 1e-4
 
 
-class Loss(NamedTuple):
-    """One choice of each kind."""
+def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
+    """A = (r - mean of its group) / standard deviation: that of its group, of the whole batch, or 1.
 
-    ratio_level: RatioLevel
-    token_loss: TokenLoss
-    aggregation: Aggregation
+    The mean is the baseline: it lowers the gradient's variance and leaves its direction alone, up to the factor
+    (G - 1) / G, because a completion is part of its own baseline. Dividing by the group's standard deviation (over
+    n - 1) is a bias, which Dr. GRPO (arXiv 2503.20783) avoids with `none`: prompts whose rewards differ little gain on
+    the others (benchmarks/results/exact-gradient.md, block 2).
+
+    A reward that is NaN (no reward function had an opinion) counts in no mean and gets advantage 0. A group of equal
+    rewards gets exactly 0: decided by max == min, since the rounded mean of twelve 0.01s is not 0.01.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]))
+    tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), scale="none")
+    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500]])
+    """
+    centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)
+    centered_BG = torch.where(zero_spread(reward_BG)[:, None], 0.0, centered_BG)
+    if scale == "group":
+        centered_BG = centered_BG / (nan_std(reward_BG) + EPSILON)
+    elif scale == "batch":
+        centered_BG = centered_BG / (nan_std(reward_BG.flatten()[None]) + EPSILON)
+    return torch.where(centered_BG.isnan(), 0.0, centered_BG)
 
 
-# The names are TRL's (`loss_type`; grpo_trainer.py 1.16.0, lines 3083-3184), where GSPO is a setting instead of a name.
-# A paper's further settings (epsilons, unscaled advantages) are flags of their own.
-LOSSES: dict[str, Loss] = {
-    "grpo": Loss("token", "clip", "sequence_mean"),  # DeepSeekMath, arXiv 2402.03300, eq. 3
-    "bnpo": Loss("token", "clip", "token_mean"),  # TRL's name; equal to dapo here, where the batch is the whole step
-    "dapo": Loss("token", "clip", "token_mean"),  # DAPO, arXiv 2503.14476, eq. 8
-    "dr_grpo": Loss("token", "clip", "constant_length"),  # Dr. GRPO, arXiv 2503.20783, section 3.2 (scale_rewards none)
-    "gspo": Loss("sequence", "clip", "sequence_mean"),  # GSPO, arXiv 2507.18071, eq. 5 (epsilons 3e-4 and 4e-4)
-    "luspo": Loss("sequence", "clip", "sequence_sum"),  # LUSPO, arXiv 2602.05261: GSPO times each sequence's length
-    "cispo": Loss("token", "cispo", "token_mean"),  # MiniMax-M1, arXiv 2506.13585, eq. 4
-    "sapo": Loss("token", "sapo", "sequence_mean"),  # SAPO, arXiv 2511.20347, eq. 5
-    "vespo": Loss("token", "vespo", "token_mean"),  # VESPO, arXiv 2602.10693
-}
+def zero_spread(reward_BG: Tensor) -> Tensor:
+    """True for the groups that teach nothing: all their rewards are equal, or fewer than two are known."""
+    known_BG = ~reward_BG.isnan()
+    highest_B = torch.where(known_BG, reward_BG, -torch.inf).amax(dim=1)
+    lowest_B = torch.where(known_BG, reward_BG, torch.inf).amin(dim=1)
+    return highest_B <= lowest_B
+
+
+def nan_std(values: Tensor) -> Tensor:
+    """Standard deviation of each row of a matrix over n - 1, leaving NaNs out, as a column; NaN below two values."""
+    known = ~values.isnan()
+    deviation = torch.where(known, values - values.nanmean(dim=1, keepdim=True), 0.0)
+    freedom = (known.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    return (deviation.square().sum(dim=1, keepdim=True) / freedom).sqrt()
+
+
+def token_advantages(advantage_BG: Tensor, kept_NT: Tensor, dtype: torch.dtype) -> Tensor:
+    """A_i,t: one for all kept tokens of a completion, 0 elsewhere."""
+    return advantage_BG.flatten()[:, None].to(dtype).to(kept_NT.device) * kept_NT
 
 
 def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_tokens: int) -> Tensor:
@@ -60,9 +81,6 @@ def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_toke
     >>> token_weights(mask_NT, "sequence_mean", 8)
     tensor([[0.1250, 0.1250, 0.1250, 0.1250],
             [0.5000, 0.0000, 0.0000, 0.0000]])
-    >>> token_weights(mask_NT, "token_mean", 8)
-    tensor([[0.2000, 0.2000, 0.2000, 0.2000],
-            [0.2000, 0.0000, 0.0000, 0.0000]])
     """
     N = mask_NT.shape[0]
     if aggregation == "sequence_mean":
@@ -75,12 +93,10 @@ def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_toke
 
 
 def importance_ratio(logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor, level: RatioLevel = "token") -> Tensor:
-    """pi_theta / pi_old: how much likelier a token, or a completion, is now than when it was sampled.
+    """pi_theta / pi_old: how much more likely a token, or a completion, is now than when it was sampled.
 
-    token      (N, T): each token's own ratio. Both log-probabilities are 0 on padding (`sft_core.logprobs`), so the
-               ratio is 1 there and nothing overflows.
-    sequence   (N, 1): the geometric mean over the completion's tokens, one ratio for all of them (GSPO, arXiv
-               2507.18071, eq. 7). 1 where there is no token.
+    token      (N, T): each token's own. Both log-probabilities are 0 on padding, so it is 1 there.
+    sequence   (N, 1): the geometric mean over the completion's tokens (GSPO, arXiv 2507.18071, eq. 7).
     """
     log_ratio_NT = logp_NT - old_logp_NT
     if level == "sequence":
@@ -93,12 +109,9 @@ def clipped_surrogate(
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A) of each token (PPO, arXiv 1707.06347, eq. 7).
 
-    The gain from making a good token likelier ends at 1 + epsilon_high, that from making a bad one rarer at
+    The gain from making a good token more likely ends at 1 + epsilon_high, that from making a bad one less likely at
     1 - epsilon_low; a move in the wrong direction is never clipped, unless `delta` bounds the ratio there too
-    (INTELLECT-2, arXiv 2505.07291). Separate bounds: DAPO, arXiv 2503.14476, eq. 10.
-
-    Args:
-        ratio: (N, T), or (N, 1) for a whole completion's.
+    (INTELLECT-2, arXiv 2505.07291). Separate bounds: DAPO, arXiv 2503.14476, eq. 10. `ratio` is (N, T) or (N, 1).
 
     >>> clipped_surrogate(torch.tensor([[0.5, 1.0, 2.0]]), torch.tensor([[1.0]]), 0.2, 0.2)
     tensor([[-0.5000, -1.0000, -1.2000]])

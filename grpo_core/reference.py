@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_core.half import halve
-from sft_core.logprobs import scored
-from sft_core.policy import Policy, is_adapted
-from sft_core.rows import Rows
+from sft_core.learn.rows import Rows
+from sft_core.learn.scored import scored
+from sft_core.model.half import halve
+from sft_core.model.policy import Policy, is_adapted
 
 ADAPTER = "reference"
 
@@ -38,8 +38,8 @@ class Reference:
             self.policy = policy
         else:
             self.policy = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False).eval())
-            if policy.half_copies and policy.precision.autocast_dtype and not sync_every:
-                halve(self.policy.model, policy.precision.autocast_dtype)
+            if policy.half_dtype and not sync_every:
+                halve(self.policy.model, policy.half_dtype)
 
     def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
         """log pi_ref of each completion token, (N, T), 0 on padding; without gradient."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import set_seed
 
 from eval.compare import paired, verdict
 from eval.evaluate import Evaluation, evaluate, read_answers
@@ -23,89 +21,26 @@ from eval.statistics import sizes
 from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.config import GRPOConfig
 from grpo_core.dryrun import grpo_plan
-from grpo_core.memory import forecast
+from grpo_core.job import GRPOJob, prepare
+from grpo_core.memory.forecast import forecast
 from grpo_core.metrics import step_record
-from grpo_core.reference import Reference
-from grpo_core.rollout import REWARD_COLUMNS
 from grpo_core.step import Learner, grpo_step
 from grpo_core.warmstart import tiny_sft
-from rewards import Reward, RewardError, check_signatures, load_rewards
-from sft_core.checkpoint import write_text
+from rewards import RewardError
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.clock import step_bar
-from sft_core.config import Refused
-from sft_core.dryrun import UNTOUCHED
-from sft_core.hub import check_run_push, push_run
-from sft_core.optim import Optimizer
-from sft_core.policy import is_adapted, load_policy, load_tokenizer, without_dropout
-from sft_core.progress import Part, Progress, weights_identity
-from sft_core.prompts import drop_long_prompts
-from sft_core.runlog import RunFolder, append_jsonl
-from sft_core.source import Source, check_context, find_source
-from sft_core.tasks import Example, Task, load_task
-from sft_core.trackers import shown
+from sft_core.errors import Refused
+from sft_core.learn.clock import step_bar
+from sft_core.model.policy import is_adapted
+from sft_core.model.source import find_source
+from sft_core.run.checkpoint import write_text
+from sft_core.run.hub import push_run
+from sft_core.run.progress import Part, Progress, weights_identity
+from sft_core.run.runlog import RunFolder, append_jsonl
+from sft_core.run.told import UNTOUCHED
+from sft_core.run.trackers import shown
+from sft_core.text.tasks import Example, Task
 
 PRESETS = Path(__file__).parent / "presets"
-
-
-@dataclass(frozen=True)
-class GRPOJob:
-    """A checked configuration: everything that a user can get wrong has been looked at, no weight has been read."""
-
-    config: GRPOConfig
-    task: Task
-    rewards: list[Reward]
-    source: Source | None  # None: the built-in model
-
-    @property
-    def steps(self) -> int:
-        """How many steps the run takes."""
-        config = self.config
-        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.prompts_per_step)
-
-    def learner(self, source: Source) -> Learner:
-        """Seeded, with the policy at its start and the reference copied from it."""
-        config = self.config
-        set_seed(config.seed)
-        policy = load_policy(config, source)
-        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
-        without_dropout(policy.model)
-        optimizer = Optimizer(policy, config, self.steps * config.mu)
-        return Learner(config, policy, reference, self.rewards, optimizer)
-
-    def begin(self) -> GRPORun | None:
-        """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under
-        --resume the run is found finished.
-
-        Raises:
-            Refused: as `RunFolder`, `Optimizer` and `Progress`.
-        """
-        folder = RunFolder(self.config, "grpo")
-        with folder.closed_on_error():
-            if folder.finished:
-                print(f"this run is finished: {folder.path / 'final'}")
-                return None
-            return self._begin(folder)
-
-    def _begin(self, folder: RunFolder) -> GRPORun:
-        config = self.config
-        source = self.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
-        print(forecast(config, source))
-        learner = self.learner(source)
-        prompts = PromptSource(self.task, config.seed)
-        parts: dict[str, Part] = {"prompts": prompts}
-        if learner.reference:
-            parts["reference"] = learner.reference
-        # Weights that no checkpoint holds: those of the reference, and those below an adapter.
-        held = learner.reference is not None or is_adapted(learner.policy.model)
-        identity = {"task": self.task.identity, "model": weights_identity(learner.policy) if held else ""}
-        progress = Progress(folder, config, learner.policy, learner.optimizer, parts, identity)
-        return GRPORun(self, folder, learner, prompts, progress)
-
-    def run(self) -> Path:
-        """Train, or go on training; return the run folder."""
-        run = self.begin()
-        return run.finish() if run else Path(self.config.output_dir)
 
 
 class PromptSource:
@@ -167,9 +102,9 @@ class GRPORun:
         for step in bar:
             skipped, optimizer.skipped_rows = optimizer.skipped, []
             examples = self.prompts(config.prompts_per_step)
-            report = grpo_step(self.learner, examples, more=self.prompts if config.dynamic_sampling else None)
+            report = grpo_step(self.learner, examples)
 
-            record = step_record(report, config)
+            record = step_record(report)
             bar.set_postfix(
                 reward=f"{record['reward_mean']:.2f}",
                 accuracy=f"{record['accuracy']:.0%}",
@@ -181,7 +116,7 @@ class GRPORun:
                 about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
                 about |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
                 self.folder.log("train", step, {**about, **record})
-            completions = completion_records(step, report, config)
+            completions = completion_records(step, report)
             append_jsonl(self.folder.path / "completions.jsonl", completions)
             if config.record_tokens:
                 append_jsonl(self.folder.path / "tokens.jsonl", token_records(step, report, pieces))
@@ -234,6 +169,43 @@ class GRPORun:
         return result
 
 
+def begin(job: GRPOJob) -> GRPORun | None:
+    """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under --resume
+    the run is found finished.
+
+    Raises:
+        Refused: as `RunFolder`, `Optimizer` and `Progress`.
+    """
+    folder = RunFolder(job.config, "grpo")
+    with folder.closed_on_error():
+        if folder.finished:
+            print(f"this run is finished: {folder.path / 'final'}")
+            return None
+        return _begin(job, folder)
+
+
+def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
+    config = job.config
+    source = job.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
+    print(forecast(config, source))
+    prompts = PromptSource(job.task, config.seed)
+    learner = job.learner(source, prompts)
+    parts: dict[str, Part] = {"prompts": prompts}
+    if learner.reference:
+        parts["reference"] = learner.reference
+    # Weights that no checkpoint holds: those of the reference, and those below an adapter.
+    held = learner.reference is not None or is_adapted(learner.policy.model)
+    identity = {"task": job.task.identity, "model": weights_identity(learner.policy) if held else ""}
+    progress = Progress(folder, config, learner.policy, learner.optimizer, parts, identity)
+    return GRPORun(job, folder, learner, prompts, progress)
+
+
+def run(job: GRPOJob) -> Path:
+    """Train, or go on training; return the run folder."""
+    begun = begin(job)
+    return begun.finish() if begun else Path(job.config.output_dir)
+
+
 def answered(folder: RunFolder, step: int) -> Evaluation | None:
     """An evaluation that the run folder holds; None where somebody has deleted or damaged its answers."""
     record, path = folder.evaluations[step], folder.answers_path(step)
@@ -266,22 +238,6 @@ def comparison(before: Evaluation, after: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def prepare(config: GRPOConfig) -> GRPOJob:
-    """Read the rewards, the task and the model's configuration, and refuse what cannot work.
-
-    Raises:
-        ValueError: as `load_rewards`, `load_task`, `find_source`, `check_context` and `check_push`.
-    """
-    rewards = load_rewards(config.rewards, config.reward_weights)
-    check_signatures(rewards, REWARD_COLUMNS)
-    source = None if config.model == "tiny" else find_source(config)
-    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
-    check_run_push(config, source, config.lora)
-    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
-    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
-    return GRPOJob(config, task, rewards, source)
-
-
 @contextmanager
 def reward_errors() -> Iterator[None]:
     """Show where a reward function failed, then name it and the row in one line; exit code 1."""
@@ -300,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(grpo_plan(job), UNTOUCHED, sep="\n")
-            run = job.begin()
+            run = begin(job)
         if run:
             run.finish()
 

@@ -1,6 +1,6 @@
 """What published successors changed in the objective, each as a function of tensors. Nothing here runs by default.
 
-Where a function stands in the loss is decided in one place, `policy_loss` in `grpo_core.losses`. `ratio` is (N, T) or,
+Where each stands in the loss is decided in `grpo_core.step`. `ratio` is (N, T) or,
 at the sequence level, (N, 1). Log-probabilities are 0 on padding, and weights are too, so no function masks its result.
 """
 
@@ -11,7 +11,26 @@ import math
 import torch
 from torch import Tensor
 
+from eval.sampling import Samples
+from grpo_core.config import GRPOConfig
+from grpo_core.objective import group_advantages
+from rewards import Scores
+from sft_core.learn.rows import Rows
+from sft_core.learn.scored import scored
+from sft_core.model.policy import Policy
+
 ENTROPY_ROUNDING = 3e-6  # nats: several roundings of a float32 log-probability
+
+
+def token_loss(ratio: Tensor, logp_NT: Tensor, old_logp_NT: Tensor, advantage_NT: Tensor, config: GRPOConfig) -> Tensor:
+    """What each token contributes under CISPO, SAPO or VESPO, with the settings' constants."""
+    if config.objective.token_loss == "cispo":
+        return cispo(ratio, logp_NT, advantage_NT, config.epsilon_high)
+    if config.objective.token_loss == "sapo":
+        return sapo(ratio, advantage_NT, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    positive = (config.vespo_k_pos, config.vespo_lambda_pos)
+    negative = (config.vespo_k_neg, config.vespo_lambda_neg)
+    return vespo(logp_NT, old_logp_NT, advantage_NT, positive, negative)
 
 
 def cispo(ratio: Tensor, logp_NT: Tensor, advantage_NT: Tensor, epsilon_high: float) -> Tensor:
@@ -89,6 +108,17 @@ def high_entropy_tokens(entropy_NT: Tensor, mask_NT: Tensor, share: float) -> Te
     return mask_NT & (entropy_NT >= bound - ENTROPY_ROUNDING)
 
 
+def corrected_kl(kl_NT: Tensor, ratio: Tensor) -> Tensor:
+    """k3 times the ratio (DeepSeek-V3.2, arXiv 2512.02556, eq. 7; TRL's default, grpo_trainer.py 1.16.0, line 3105).
+
+    On-policy, k3's own mean gradient is that of KL(pi_ref || pi_theta) over the next token, at each prefix that was
+    sampled. A token's own ratio has a gradient that turns it into that of KL(pi_theta || pi_ref), also where the
+    ratio's value is 1, and keeps it so off-policy. Neither counts that the policy chooses its own prefixes, and both
+    are exact only under weights that do not depend on lengths: benchmarks/results/exact-gradient.md, block 4.
+    """
+    return kl_NT * ratio
+
+
 def near_policy_rows(
     logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor, advantage_NT: Tensor, threshold: float
 ) -> Tensor:
@@ -103,3 +133,49 @@ def near_policy_rows(
     drift_NT = old_logp_NT - logp_NT.detach()
     drift_N1 = drift_NT.sum(dim=1, keepdim=True) / mask_NT.sum(dim=1, keepdim=True).clamp(min=1)
     return ((advantage_NT >= 0) | (drift_N1 <= threshold)).to(logp_NT.dtype)
+
+
+def ended_rows(samples: Samples) -> Rows:
+    """The rows that teach: those that the model ended itself (DAPO, arXiv 2503.14476, section 3.4). A row left out
+    keeps its place, with no completion token."""
+    return samples.rows.without_completions(samples.truncated_N)
+
+
+def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig) -> Tensor:
+    """mask_NT of the tokens that the advantage acts on: the completions' `top_entropy` share.
+
+    Which tokens those are is decided once, over the whole step, under the policy that sampled them. TRL decides anew
+    in each micro-batch of each update (grpo_trainer.py 1.16.0, line 3050), so that its gradient depends on their size.
+    """
+    _, entropy_NT = scored(policy, rows, config.temperature, config.micro_batch, entropy="value")
+    return high_entropy_tokens(entropy_NT, rows.mask_NT, config.top_entropy)
+
+
+def values_and_weights(scores: Scores, reward_BG: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of K reward functions' values before its weight, value_KBG (NaN: no opinion), and weight_K. float64, on the
+    CPU."""
+    values = [
+        [torch.nan if value is None else value for value in of_function] for of_function in scores.by_function.values()
+    ]
+    value_KBG = torch.tensor(values, dtype=torch.float64).view(-1, *reward_BG.shape)
+    return value_KBG, torch.tensor([scores.weights.get(name, 1.0) for name in scores.by_function], dtype=torch.float64)
+
+
+def decoupled_advantages(value_KBG: Tensor, weight_K: Tensor) -> Tensor:
+    """Normalise each of K reward functions within its groups, add them up, normalise over the batch (GDPO, arXiv
+    2601.05242; TRL's `normalize_then_sum`): a function of small spread counts as much as one of large.
+
+    NaN, no opinion, counts in no mean and no sum; a completion on which no function had one gets advantage 0.
+
+    Args:
+        value_KBG: each function's values before its weight.
+
+    >>> large, small = [[0.0, 10.0, 0.0, 10.0]], [[0.0, 0.0, 0.1, 0.1]]
+    >>> decoupled_advantages(torch.tensor([large, small]), torch.tensor([1.0, 1.0])).round(decimals=2)
+    tensor([[-1.2200,  0.0000, -0.0000,  1.2200]])
+    """
+    K, B, G = value_KBG.shape
+    score_KBG = group_advantages(value_KBG.reshape(K * B, G)).view(K, B, G) * weight_K[:, None, None]
+    unknown_BG = value_KBG.isnan().all(dim=0)
+    total_BG = torch.where(unknown_BG, torch.nan, score_KBG.sum(dim=0))
+    return group_advantages(total_BG.view(1, B * G)).view(B, G)

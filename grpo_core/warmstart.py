@@ -10,7 +10,8 @@ import sft_core
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
 from sft_core.config import NEWEST, as_yaml
-from sft_core.train import PRESETS, SFTConfig, prepare
+from sft_core.job import SFTConfig, prepare
+from sft_core.train import PRESETS, begin
 
 
 def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
@@ -25,7 +26,7 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
         return folder / "final"
     print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
     sft, unfinished = _settings(config), folder.with_name(folder.name + ".unfinished")
-    start = prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)).begin()
+    start = begin(prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)))
     if start:  # else a kill came between its end and the next line
         start.progress.again = run or unfinished
         start.finish()
@@ -35,7 +36,7 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
 def tiny_sft_folder(config: GRPOConfig) -> Path:
     """Where that run is, or will be, kept: beside the GRPO run."""
     # A changed setting or a changed line of sft_core makes another start.
-    sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.rglob("*.py")))
     settings = as_yaml(replace(_settings(config), progress=True)).encode()
     runs = Path(config.output_dir).parent if config.output_dir else Path("runs")
     return runs / f"tiny-sft-{hashlib.sha256(settings + sources).hexdigest()[:8]}"

@@ -1,5 +1,11 @@
-"""How does a language model learn from text?
+"""How does a language model learn from text? Supervised fine-tuning, and the ground that the rest stands on.
 
-Tasks and prompts, loading a policy, precision, the run folder, and the supervised fine-tuning loop. The shape legend
-that every tensor name in this project follows (`logp_NT`, `reward_BG`) is in `sft_core.rows`.
+errors, precision, config    what a user may set, and what is said when it cannot work
+text/                        what is asked: tasks and prompts
+model/                       who answers: loading a model, its precision, its two parts
+learn/                       how weights move: token rows, log-probabilities, the optimizer
+run/                         what a run leaves behind: its folder, log, checkpoints, final model
+job, train, dryrun, cli      the SFT loop itself
+
+Each line imports only from the lines above it. The shape legend of all tensor names (`logp_NT`) is in `learn.rows`.
 """

@@ -23,8 +23,8 @@ from transformers import HfArgumentParser
 from rewards.terminal import Arguments, program, quiet_ends
 from rewards.terminal import no_such_flag as no_such_flag
 from rewards.terminal import user_errors as user_errors  # every program's, with or without torch
-from sft_core.checkpoint import NotSaved, is_checkpoint
 from sft_core.config import FREE_ON_RESUME, NEWEST
+from sft_core.run.checkpoint import NotSaved, is_checkpoint
 
 ConfigT = TypeVar("ConfigT")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sft_core.errors import require
 from sft_core.precision import pick_device
 
 
@@ -281,17 +282,6 @@ class RunConfig(FolderConfig):
             require(bool(self.output_dir), "resume", self.resume, "--output_dir beside it, or a run folder behind it")
             require(not self.overwrite, "overwrite", True, "either --overwrite (begin anew) or --resume (go on)")
         self._check_folder(going_on=self.resume is not None)
-
-
-class Refused(ValueError):
-    """What a user got wrong and only opening the run folder or reading the weights could tell. (Other ValueErrors after
-    `prepare` are faults of the program, and keep their traceback.)"""
-
-
-def require(condition: bool, name: str, value: Any, accepted: str) -> None:
-    """Raise the ValueError that names the flag, the value found and what would be accepted."""
-    if not condition:
-        raise ValueError(f"--{name} {value}: expected {accepted}")
 
 
 def as_yaml(config: Any) -> str:

@@ -6,7 +6,6 @@ are read but not learned.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,54 +18,33 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from sft_core.checkpoint import not_saved
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.clock import Stopwatch, step_bar
-from sft_core.config import ModelConfig, OptimConfig, Refused, RunConfig, TaskConfig, flag, require
-from sft_core.dryrun import UNTOUCHED, sft_plan
-from sft_core.hub import check_run_push, push_run
-from sft_core.logprobs import token_logprobs
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy, is_adapted, load_policy, load_tokenizer
-from sft_core.progress import Progress, weights_identity
-from sft_core.prompts import (
+from sft_core.dryrun import sft_plan
+from sft_core.errors import Refused
+from sft_core.job import SFTConfig, SFTJob, prepare
+from sft_core.learn.clock import Stopwatch, step_bar
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy, is_adapted, load_policy
+from sft_core.model.source import find_source
+from sft_core.model.tiny import build_tiny
+from sft_core.run.checkpoint import not_saved
+from sft_core.run.hub import push_run
+from sft_core.run.progress import Progress, weights_identity
+from sft_core.run.runlog import RunFolder
+from sft_core.run.told import UNTOUCHED
+from sft_core.text.prompts import (
     FORMATS,
     demonstration,
-    drop_long_prompts,
     encode_completion,
     encode_prompt,
     is_terse,
     prompt_messages,
 )
-from sft_core.rows import Rows, pack_rows
-from sft_core.runlog import RunFolder
-from sft_core.source import Source, check_context, find_source
-from sft_core.tasks import Example, Task, load_task
-from sft_core.tiny import build_tiny
+from sft_core.text.tasks import Example
 
 PRESETS = Path(__file__).parent / "presets"
-
-
-@dataclass(frozen=True)
-class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
-    """Supervised fine-tuning."""
-
-    batch_size: int = flag(16, "demonstrations in an optimizer step, learned --micro_batch at a time")
-    max_completion_tokens: int = flag(512, "longer demonstrations are cut, so they teach no end")
-    worked_share: float = flag(1.0, "share of demonstrations that show their working; the others only state the answer")
-
-    def check(self) -> None:
-        for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
-            part.check(self)
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
-        require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
-        require(
-            self.task != "arithmetic" or self.max_steps > 0,
-            "max_steps",
-            self.max_steps,
-            "more than 0: the arithmetic task has no end",
-        )
 
 
 def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: SFTConfig) -> Rows:
@@ -110,50 +88,6 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig)
     )
     policy.model.train()
     return -total / float(rows.completion_len_N.sum())
-
-
-@dataclass(frozen=True)
-class SFTJob:
-    """A checked configuration: everything that a user can get wrong has been looked at, no weight has been read."""
-
-    config: SFTConfig
-    task: Task
-    source: Source | None  # None: the built-in model
-
-    @property
-    def steps(self) -> int:
-        """How many steps the run takes."""
-        config = self.config
-        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.batch_size)
-
-    def begin(self) -> SFTRun | None:
-        """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under
-        --resume the run is found finished.
-
-        Raises:
-            Refused: as `RunFolder`, `Optimizer` and `Progress`.
-        """
-        config = self.config
-        set_seed(config.seed)
-        folder = RunFolder(config, "sft")
-        with folder.closed_on_error():
-            return None if folder.finished else self._begin(folder)
-
-    def _begin(self, folder: RunFolder) -> SFTRun:
-        config, base = self.config, ""
-        if not self.source:
-            with not_saved(folder.path / "base"):
-                base = str(build_tiny(folder.path / "base", config.seed))
-        policy = load_policy(config, self.source or find_source(replace(config, model=base)))
-        # Weights that no checkpoint holds: those below an adapter.
-        identity = {"task": self.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
-        optimizer = Optimizer(policy, config, self.steps)
-        return SFTRun(self, folder, policy, optimizer, Progress(folder, config, policy, optimizer, {}, identity))
-
-    def run(self) -> Path:
-        """Train, or go on training; return the folder of the final model."""
-        run = self.begin()
-        return run.finish() if run else Path(self.config.output_dir) / "final"
 
 
 @dataclass(frozen=True)
@@ -208,18 +142,35 @@ class SFTRun:
             self.folder.log("eval", step, {"heldout_loss": heldout_loss(self.policy, heldout, config)})
 
 
-def prepare(config: SFTConfig) -> SFTJob:
-    """Read the task and the model's configuration, and refuse what cannot work.
+def begin(job: SFTJob) -> SFTRun | None:
+    """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under --resume
+    the run is found finished.
 
     Raises:
-        ValueError: as `load_task`, `find_source` and `check_push`; a sequence budget over the model's context.
+        Refused: as `RunFolder`, `Optimizer` and `Progress`.
     """
-    source = None if config.model == "tiny" else find_source(config)
-    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
-    check_run_push(config, source, config.lora)
-    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
-    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
-    return SFTJob(config, task, source)
+    set_seed(job.config.seed)
+    folder = RunFolder(job.config, "sft")
+    with folder.closed_on_error():
+        return None if folder.finished else _begin(job, folder)
+
+
+def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
+    config, base = job.config, ""
+    if not job.source:
+        with not_saved(folder.path / "base"):
+            base = str(build_tiny(folder.path / "base", config.seed))
+    policy = load_policy(config, job.source or find_source(replace(config, model=base)))
+    # Weights that no checkpoint holds: those below an adapter.
+    identity = {"task": job.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
+    optimizer = Optimizer(policy, config, job.steps)
+    return SFTRun(job, folder, policy, optimizer, Progress(folder, config, policy, optimizer, {}, identity))
+
+
+def run(job: SFTJob) -> Path:
+    """Train, or go on training; return the folder of the final model."""
+    begun = begin(job)
+    return begun.finish() if begun else Path(job.config.output_dir) / "final"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -230,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(sft_plan(job), UNTOUCHED, sep="\n")
-            run = job.begin()
+            run = begin(job)
         print(f"final model: {run.finish()}" if run else f"this run is finished: {job.config.output_dir}/final")
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.faulty import command, ended, save_start
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send to their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine's own would be taken for those of the programs (ENVIRONMENT in sft_core/cli.py).
 for name in ("MODEL_NAME", "OUTPUT_DIR", "RUN_NAME"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from benchmarks.exact.enumeration import attention_of as attention_of
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
@@ -23,13 +24,13 @@ from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward
 from sft_core.cli import parse_config
-from sft_core.logprobs import backbone_and_head
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
+from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.backbone import backbone_and_head
+from sft_core.model.policy import Policy
+from sft_core.model.tiny import build_tokenizer
 from sft_core.precision import pick_precision
-from sft_core.rows import Rows, pack_rows
-from sft_core.tasks import Example
-from sft_core.tiny import build_tokenizer
+from sft_core.text.tasks import Example
 
 # On models this small a second thread only waits for the first, for seconds where the machine is busy.
 torch.set_num_threads(1)
@@ -146,7 +147,7 @@ def widened(rows: Rows, left: int, right: int, filler: int | None = None) -> Row
     """The same rows with more padding on both sides; with `filler`, every padding token becomes that id."""
     ids_NL = torch.nn.functional.pad(rows.ids_NL, (left, right), value=filler or 0)
     wide = Rows(ids_NL, rows.prompt_len_N, rows.completion_len_N, rows.prompt_width + left)
-    return wide if filler is None else replace(wide, ids_NL=torch.where(wide.attention_NL.bool(), ids_NL, filler))
+    return wide if filler is None else replace(wide, ids_NL=torch.where(attention_of(wide).bool(), ids_NL, filler))
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -251,7 +252,7 @@ def gradients(
 
 def measured(policy: Policy, config: GRPOConfig, samples: Samples, lr: float = 0.1) -> dict[str, Any]:
     """The log line, without its times, of a step on these samples; it moves the weights between its updates."""
-    record = step_record(step(with_samples(caught(policy, config, lr=lr), samples)), config)
+    record = step_record(step(with_samples(caught(policy, config, lr=lr), samples)))
     return {name: value for name, value in record.items() if not name.endswith("_s")}
 
 

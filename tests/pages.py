@@ -26,17 +26,17 @@ import yaml
 from transformers import GenerationConfig, Qwen2Config
 
 from benchmarks.machine import machine
-from benchmarks.plan import Question, by_moment, savings
+from benchmarks.plan.question import Question, by_moment, savings
 from benchmarks.workload import workload
-from eval.__main__ import EvalConfig
 from eval.ask import AskConfig
+from eval.config import EvalConfig
 from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
-from grpo_core.memory import GB, Lengths
+from grpo_core.memory.forecast import GB, Lengths
 from grpo_core.train import PRESETS
 from rewards.tables import markdown
-from sft_core.source import Source
-from sft_core.train import SFTConfig
+from sft_core.job import SFTConfig
+from sft_core.model.source import Source
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -1,4 +1,4 @@
-"""What `grpo_core.advantages` claims: better than its group is positive, and a group that agrees teaches nothing."""
+"""Better than its group is positive, and a group that agrees teaches nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import EPSILON, group_advantages, nan_std, zero_spread
+from grpo_core.objective import EPSILON, group_advantages, nan_std, zero_spread
 from tests.helpers import grpo_config
 
 NAN = float("nan")

@@ -23,10 +23,10 @@ import eval.ask
 from eval.ask import AskConfig, Reply, as_problem, prepare, reply
 from eval.sampling import Samples, Sampling, sample
 from sft_core.config import PromptConfig
-from sft_core.policy import Policy, load_policy
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.rows import pack_rows
-from sft_core.tasks import Example, read_problems
+from sft_core.learn.rows import pack_rows
+from sft_core.model.policy import Policy, load_policy
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import Example, read_problems
 from tests.faulty import FORKS
 from tests.helpers import tiny_policy
 from tests.test_command_line import forbid_models

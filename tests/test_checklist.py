@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import sft_core.train
 from rewards.jsonl import read_jsonl
-from sft_core.arithmetic import ArithmeticStream
+from sft_core.text.arithmetic import ArithmeticStream
 from tests.helpers import PEFT_IS_BEHIND, tiny_model, tokenizer
 from tests.hub import Hub, serving, take_for_the_hub
 from tests.test_hub import HUB_IS_BEHIND

@@ -17,9 +17,10 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import eval.__main__
+import grpo_core.job
 import grpo_core.train
 import sft_core.train
-from sft_core.tiny import build_tiny
+from sft_core.model.tiny import build_tiny
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
@@ -86,7 +87,7 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*args: Any, **kwargs: Any) -> None:
         pytest.fail("a model was loaded")
 
-    for module in (sft_core.train, grpo_core.train, eval.__main__, sft_core.policy):
+    for module in (sft_core.train, grpo_core.job, eval.__main__, sft_core.model.policy):
         monkeypatch.setattr(module, "load_policy", loaded)
     monkeypatch.setattr(sft_core.train, "build_tiny", loaded)
     monkeypatch.setattr(grpo_core.train, "tiny_sft", loaded)
@@ -185,7 +186,7 @@ def test_the_command_that_the_mistakes_are_made_in_would_work(
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise ModelLoaded
 
-    for module in (sft_core.train, grpo_core.train, eval.__main__):
+    for module in (sft_core.train, grpo_core.job, eval.__main__):
         monkeypatch.setattr(module, "load_policy", loaded)
     for program, main in PROGRAMS.items():
         with pytest.raises(ModelLoaded):
@@ -278,7 +279,7 @@ def test_ctrl_c_ends_a_run_in_one_line(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    for module in (sft_core.train, grpo_core.train, eval.__main__):
+    for module in (sft_core.train, grpo_core.job, eval.__main__):
         monkeypatch.setattr(module, "load_policy", interrupted)
     with pytest.raises(SystemExit) as caught:
         PROGRAMS[program](workplace.argv(program))

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import grpo_core.losses
 import grpo_core.objective
 import grpo_core.step
 from benchmarks import compare_trl
 from benchmarks.parity.cases import FAMILIES, Case, Family, Trace, all_cases, completions
 from benchmarks.parity.compare import BOUNDS, LEAST_MOVED, differences, moved, over_bound, relative
-from grpo_core.objective import LOSSES
+from grpo_core.config import LOSSES
 
 pytestmark = [
     pytest.mark.trl,
@@ -123,8 +122,8 @@ def test_a_small_change_of_one_setting_is_noticed(changed: dict[str, Any], stage
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        ("losses", "k3_kl", lambda logp, ref: logp - ref),
-        ("losses", "clipped_surrogate", lambda ratio, advantage, *_: -ratio * advantage),
+        ("step", "k3_kl", lambda logp, ref: logp - ref),
+        ("step", "clipped_surrogate", lambda ratio, advantage, *_: -ratio * advantage),
         ("step", "token_weights", lambda mask, *_: mask / mask.numel()),
         ("step", "importance_ratio", lambda logp, old, *_: (logp - old + 1e-4).exp()),
     ],

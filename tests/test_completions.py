@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eval.sampling import decode
 from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.step import StepReport
 from tests.faulty import FORKS, command, ended
@@ -96,8 +95,8 @@ def test_tokens_outside_the_share_of_high_entropy_are_not_kept() -> None:
 
 def test_the_texts_of_both_files_are_of_the_same_ids() -> None:
     report, policy = taken(), tiny_policy()
-    assert [row["response"] for row in completion_records(7, report, grpo_config())] == decode(
-        policy, report.rollout.samples.rows
+    assert [row["response"] for row in completion_records(7, report)] == policy.tokenizer.batch_decode(
+        report.rollout.samples.rows.completion_ids(), skip_special_tokens=True
     )
 
 

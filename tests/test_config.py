@@ -12,11 +12,11 @@ import pytest
 import eval.__main__
 import grpo_core.train
 import sft_core.train
-from eval.__main__ import EvalConfig
+from eval.config import EvalConfig
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
 from sft_core.config import as_yaml
-from sft_core.train import SFTConfig
+from sft_core.job import SFTConfig
 from tests.helpers import message_of, yaml_file
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 
 import sft_core.train
 from eval.__main__ import main as evaluate
-from sft_core.checkpoint import write_whole
+from sft_core.run.checkpoint import write_whole
 from tests.exercises import exercises
 from tests.faulty import FORKS, SFT, command, ended
 from tests.helpers import PEFT_IS_BEHIND, adapted, tiny_policy
@@ -137,6 +137,13 @@ def test_every_flag_that_a_page_names_exists(page: Path) -> None:
 def test_every_page_is_in_the_index_and_leads_on(page: Path) -> None:
     index = {target for _, target in links((DOCS / "README.md").read_text(encoding="utf-8"))}
     assert page.name == "README.md" or page.name in index
+
+
+def test_the_default_step_is_in_six_files_of_900_lines_together() -> None:
+    text = (DOCS / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\| (\d)\. \[`([\w/]+\.py)`\]", text, re.MULTILINE)
+    assert [number for number, _ in files] == list("123456") and files[0][1] == "grpo_core/step.py"
+    assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for _, file in files) <= 900
 
 
 def test_every_exercise_names_its_tests_and_the_function_to_rewrite() -> None:

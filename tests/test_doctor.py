@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 
 from grpo_core import doctor
 from grpo_core.config import GRPOConfig
-from grpo_core.doctor import CAUSES, GRPO, SFT, as_json, findings, main, notes, report
-from grpo_core.findings import FELL, MOVED, STILL, Finding
-from grpo_core.readlog import LEAST_LINES, Change, Run, read_run
+from grpo_core.doctor.__main__ import CAUSES, GRPO, SFT, as_json, findings, main, notes, report
+from grpo_core.doctor.finding import FELL, MOVED, STILL, Finding
+from grpo_core.doctor.readlog import LEAST_LINES, Change, Run, read_run
 from rewards.jsonl import read_jsonl
-from sft_core.train import SFTConfig
+from sft_core.job import SFTConfig
 from tests.sick.record import CASES
 
 SICK = Path(__file__).parent / "sick"

@@ -21,13 +21,13 @@ from eval.sampling import Samples, Sampling
 from eval.statistics import wilson_interval
 from rewards import correctness_reward_func, numeric_reward_func
 from rewards.tables import markdown
-from sft_core.arithmetic import ArithmeticStream
 from sft_core.config import TaskConfig
-from sft_core.policy import Policy, is_adapted
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.rows import pack_rows
-from sft_core.tasks import Example, as_example
-from sft_core.tiny import build_tiny
+from sft_core.learn.rows import pack_rows
+from sft_core.model.policy import Policy, is_adapted
+from sft_core.model.tiny import build_tiny
+from sft_core.text.arithmetic import ArithmeticStream
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import Example, as_example
 from tests.helpers import PEFT_IS_BEHIND, tiny_policy
 
 HASH = TaskConfig(prompt_format="hash", system_prompt="")

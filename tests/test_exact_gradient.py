@@ -18,16 +18,15 @@ from torch import Tensor
 
 import benchmarks
 from benchmarks.exact import enumeration
+from benchmarks.exact.comparison import compare, relative_error
 from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
-    compare,
     contains,
     gpt2_policy,
     gradient,
     moved,
-    relative_error,
     settings,
     steps,
     table_policy,
@@ -38,12 +37,12 @@ from benchmarks.exact.kl import FREE, OFF_POLICY, WHOLE_RATIO, kl_as_reward, kl_
 from benchmarks.exact.rewards import SHARES, guesses, two_prompts
 from benchmarks.exact.table import AGGREGATIONS, WORD, language
 from benchmarks.exact_gradient import report
-from grpo_core.advantages import EPSILON
-from grpo_core.objective import LOSSES, Aggregation, k3_kl
+from grpo_core.config import LOSSES, Aggregation
+from grpo_core.objective import EPSILON, k3_kl
 from grpo_core.reference import Reference
 from grpo_core.step import Learner, grpo_step
 from rewards import Reward
-from sft_core.policy import Policy
+from sft_core.model.policy import Policy
 from tests.helpers import EXAMPLES, GradientCatcher
 
 EXACT = 1e-12

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval.export
 import sft_core.train
 from eval.export import TOLERANCE, difference, logits, zipped
-from sft_core.checkpoint import NotSaved
-from sft_core.policy import Policy
+from sft_core.model.policy import Policy
+from sft_core.run.checkpoint import NotSaved
 from tests.faulty import SFT, command
 from tests.helpers import PEFT_IS_BEHIND
 from tests.test_command_line import forbid_models

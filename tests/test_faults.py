@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import grpo_core.train
-import sft_core.runlog
-from sft_core.checkpoint import Damaged, checkpoints, set_aside, verify
-from sft_core.progress import Progress
-from sft_core.runlog import RunFolder
+import sft_core.run.runlog
+from sft_core.run.checkpoint import Damaged, checkpoints, set_aside, verify
+from sft_core.run.progress import Progress
+from sft_core.run.runlog import RunFolder
 from tests.faulty import FORKS, SFT, Action, Ended, command, dies, disk_takes, ended, fails, on_call, on_write
 from tests.killing import differences, log
 
@@ -269,7 +269,7 @@ def when_written(name: str, number: int, act: Action) -> Action:
 
     def before() -> None:
         seen = 0
-        for module in (sft_core.runlog, grpo_core.train):
+        for module in (sft_core.run.runlog, grpo_core.train):
             for function in ("append_jsonl", "write_text", "write_whole"):
                 if not hasattr(module, function):
                     continue

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from eval.sampling import Samples
-from grpo_core.objective import LOSSES
-from grpo_core.rollout import sample_groups
-from grpo_core.step import StepReport
+from grpo_core.config import LOSSES
+from grpo_core.metrics import Tally
+from grpo_core.step import StepReport, sample_groups
 from rewards import Reward
-from sft_core.policy import Policy
+from sft_core.model.policy import Policy
 from tests import naive
 from tests.helpers import (
     EXAMPLES,
@@ -99,7 +99,7 @@ def agrees(family: Family, values: Values | None = None, **options: Any) -> tupl
 
     # The second update really was off-policy, and away from the reference.
     assert min(expected.ratios) < 0.97 and max(expected.ratios) > 1.03 and expected.kl > 1e-3
-    means, tokens = report.tally.means(), 2 * expected.tokens
+    means, tokens = Tally.of(report).means(), 2 * expected.tokens
     assert means["grpo_loss"] == pytest.approx(fmean(losses), abs=1e-6)
     assert means["entropy"] == pytest.approx(expected.entropy / tokens, rel=1e-5)
     assert means["kl"] == pytest.approx(expected.kl / tokens if config.beta else 0.0, rel=1e-5)
@@ -171,8 +171,8 @@ def test_an_option_is_its_definition_and_changes_the_step(family: Family, name: 
     _, report = agrees(family, **OPTIONS[name])
     plain = {key: value for key, value in OPTIONS[name].items() if key in ("loss", "beta")}
     without = caught(policy_of(family), grpo_config(**SIZES, **plain), tweaked_lengths, lr=0.003)
-    loss = step(with_samples(without, samples_of(family))).tally.means()["grpo_loss"]
-    assert report.tally.means()["grpo_loss"] != pytest.approx(loss, rel=1e-6)
+    loss = Tally.of(step(with_samples(without, samples_of(family)))).means()["grpo_loss"]
+    assert Tally.of(report).means()["grpo_loss"] != pytest.approx(loss, rel=1e-6)
 
 
 # Rows: a known value, no opinion of one function, of both; a group in which all agree; one known value in a group.

@@ -1,4 +1,4 @@
-"""What `eval.generation` claims: a prompt is read once, ended rows leave, and nobody can tell by the completions."""
+"""A prompt is read once, ended rows leave, and nobody can tell by the completions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.generation import LEAVING
-from eval.sampling import Samples, Sampling, sample
+from eval.sampling import LEAVING, Samples, Sampling, sample
 from sft_core.config import ModelConfig
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy, load_policy
-from sft_core.rows import pack_rows
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import pack_rows
+from sft_core.model.policy import Policy, load_policy
 from tests.helpers import FAMILIES, Family, completions, ends_often, forward_calls, tiny_policy
 
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -12,9 +12,10 @@ import torch
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
-from sft_core.policy import load_policy
-from sft_core.rows import Rows, pack_rows
-from sft_core.tiny import build_tiny
+from grpo_core.metrics import Tally
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import load_policy
+from sft_core.model.tiny import build_tiny
 from tests.helpers import SHARED
 
 pytestmark = [
@@ -49,7 +50,9 @@ def test_a_forced_overflow_in_fp16_repeats_the_batch_and_then_learns(tmp_path: P
     optimizer = steps.learner.optimizer
     optimizer.scaler = torch.amp.GradScaler(steps.learner.policy.device.type, init_scale=2.0**40)  # overflows
     before, report = weights(steps), steps()
-    assert report.tally.updates > 1 and optimizer.scaler.get_scale() < 2.0**40  # repeated, at half the factor each time
+    assert (
+        Tally.of(report).updates > 1 and optimizer.scaler.get_scale() < 2.0**40
+    )  # repeated, at half the factor each time
     assert optimizer.skipped == 0 and torch.isfinite(torch.tensor(report.grad_norm))
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(steps), strict=True))
 
@@ -57,7 +60,7 @@ def test_a_forced_overflow_in_fp16_repeats_the_batch_and_then_learns(tmp_path: P
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "float32"])
 def test_the_sampler_and_the_learner_are_one_distribution(tmp_path: Path, precision: str) -> None:
     steps = Steps.of(small(tmp_path, f"--precision={precision}", "--beta=0.1"))
-    means = steps().tally.means()
+    means = Tally.of(steps()).means()
     assert means["ratio_min"] == means["ratio_max"] == 1 and means["kl"] == 0
     assert means["sampler_gap_max"] < (1e-4 if precision == "float32" else 0.1)
 

@@ -1,4 +1,4 @@
-"""What `sft_core.half` claims: matrices cast once, the very same numbers, and nothing left behind."""
+"""What `sft_core.model.half` claims: matrices cast once, the very same numbers, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from eval.sampling import Sampling, sample
+from grpo_core.metrics import Tally
 from grpo_core.reference import Reference
 from grpo_core.step import grpo_step
-from sft_core.half import half_twin
-from sft_core.logprobs import backbone_and_head
-from sft_core.policy import Policy
+from sft_core.model.backbone import backbone_and_head
+from sft_core.model.half import half_twin
+from sft_core.model.policy import Policy
 from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,
     adapted,
+    attention_of,
     completions,
     ends_often,
     grpo_config,
@@ -49,14 +51,14 @@ def policy_of(kind: str, precision: Any = "bf16") -> Policy:
 def logits(model: Any, policy: Policy) -> Tensor:
     rows = random_rows(policy)
     with policy.precision.autocast():
-        return model(input_ids=rows.ids_NL, attention_mask=rows.attention_NL).logits
+        return model(input_ids=rows.ids_NL, attention_mask=attention_of(rows)).logits
 
 
 @kinds
 @precisions
 def test_a_twins_logits_are_the_policys_under_autocast_bit_by_bit(kind: str, precision: Any) -> None:
     policy = policy_of(kind, precision)
-    with half_twin(policy) as twin:
+    with half_twin(policy.model, policy.half_dtype) as twin:
         assert twin is not policy.model
         expected = logits(policy.model, policy)
         assert torch.equal(logits(twin, policy), expected)
@@ -70,7 +72,7 @@ def test_a_twins_logits_are_the_policys_under_autocast_bit_by_bit(kind: str, pre
 def test_a_twin_has_matrices_of_its_own_and_shares_all_else(kind: str, precision: Any) -> None:
     policy = policy_of(kind, precision)
     own = {id(tensor) for tensor in (*policy.model.parameters(), *policy.model.buffers())}
-    with half_twin(policy) as twin:
+    with half_twin(policy.model, policy.half_dtype) as twin:
         matrices = 0
         for module in twin.modules():
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -89,7 +91,7 @@ def test_making_a_twin_leaves_the_policy_as_it_was(kind: str) -> None:
     policy = policy_of(kind)
     before, parts = weights(policy), {name: id(p) for name, p in policy.model.named_parameters(remove_duplicate=False)}
     trainable = [name for name, _ in policy.trainable()]
-    with half_twin(policy) as twin:
+    with half_twin(policy.model, policy.half_dtype) as twin:
         logits(twin, policy)
     sample(policy, [[9, 40]] * 2, FOUR)
     assert {name: id(p) for name, p in policy.model.named_parameters(remove_duplicate=False)} == parts
@@ -101,7 +103,7 @@ def test_making_a_twin_leaves_the_policy_as_it_was(kind: str) -> None:
 @kinds
 def test_nothing_is_copied_in_float32_or_where_no_copies_are_wanted(kind: str) -> None:
     for policy in (policy_of(kind, "float32"), replace(policy_of(kind), half_copies=False)):
-        with half_twin(policy) as model:
+        with half_twin(policy.model, policy.half_dtype) as model:
             assert model is policy.model
 
 
@@ -162,8 +164,8 @@ def test_a_reference_of_halved_matrices_scores_as_one_of_whole_ones(kind: str, p
 @kinds
 def test_the_kl_is_exactly_zero_at_the_first_step_in_half_precision(kind: str, half_copies: bool) -> None:
     parts = learner(replace(policy_of(kind), half_copies=half_copies), grpo_config(beta=0.1, lr=1e-2))
-    assert grpo_step(parts, EXAMPLES).tally.means()["kl"] == 0
-    assert grpo_step(parts, EXAMPLES).tally.means()["kl"] > 0  # and not because the two are one
+    assert Tally.of(grpo_step(parts, EXAMPLES)).means()["kl"] == 0
+    assert Tally.of(grpo_step(parts, EXAMPLES)).means()["kl"] > 0  # and not because the two are one
 
 
 def dtypes(model: Any) -> dict[str, set[torch.dtype]]:

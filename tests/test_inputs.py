@@ -19,11 +19,11 @@ import eval.__main__
 import grpo_core.train
 import sft_core.train
 from sft_core.config import ModelConfig, TaskConfig
-from sft_core.policy import load_policy, load_tokenizer
-from sft_core.prompts import drop_long_prompts, encode_prompt, prompt_messages
-from sft_core.source import find_source
-from sft_core.tasks import Example, load_task, read_problems
-from sft_core.tiny import build_tiny
+from sft_core.model.policy import load_policy, load_tokenizer
+from sft_core.model.source import find_source
+from sft_core.model.tiny import build_tiny
+from sft_core.text.prompts import drop_long_prompts, encode_prompt, prompt_messages
+from sft_core.text.tasks import Example, load_task, read_problems
 from tests.helpers import tokenizer
 
 GOOD = b'{"question": "2 + 2?", "answer": "#### 4"}'

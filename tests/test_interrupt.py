@@ -18,13 +18,13 @@ import pytest
 import grpo_core.step
 import grpo_core.train
 import grpo_core.warmstart
-import sft_core.checkpoint
+import sft_core.run.checkpoint
 import sft_core.train
 from grpo_core.reference import Reference
-from sft_core.checkpoint import checkpoints, verify
-from sft_core.optim import Optimizer
-from sft_core.progress import Progress
-from sft_core.runlog import RunFolder
+from sft_core.learn.optim import Optimizer
+from sft_core.run.checkpoint import checkpoints, verify
+from sft_core.run.progress import Progress
+from sft_core.run.runlog import RunFolder
 from tests.faulty import FORKS, SFT, Action, command, ended, fails, on_call, sends
 from tests.helpers import length_reward
 from tests.killing import Program, differences
@@ -38,8 +38,8 @@ MU_2 = ["--mu", "2", "--beta", "0.1", "--ref_sync_every", "3", "--eval_every", "
 # Where the signal comes: the owner and the name of a function, which of its calls, whether at its end, and the step
 # that is saved. Saving happens here when a run is interrupted, and at no other time.
 GRPO_MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
-    "while completions are sampled": (grpo_core.step, "sample_and_score", 3, False, 2),
-    "when they have been sampled": (grpo_core.step, "learned_rows", 3, True, 2),
+    "while completions are sampled": (grpo_core.step, "sample", 3, False, 2),
+    "when they have been sampled": (grpo_core.step, "advantages", 3, True, 2),
     "before the learner's backward": (Optimizer, "backward", 3, False, 1),
     "after the learner's backward": (Optimizer, "backward", 3, True, 1),
     "before an update": (Optimizer, "clip_and_step", 5, False, 2),
@@ -104,7 +104,7 @@ def test_before_the_first_step_there_is_nothing_to_save(number: int, model: Path
 def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(
     at: str, model: Path, whole: Path, tmp_path: Path
 ) -> None:
-    module = sft_core.checkpoint if at == "_write_manifest" else sft_core.progress
+    module = sft_core.run.checkpoint if at == "_write_manifest" else sft_core.run.progress
     before = partial(on_call, module, at, 2, sends(signal.SIGINT))
     argv = command(model, tmp_path / "run", *MU_2, "--save_every", "1", "--keep_last", "1")
     assert_saved_and_goes_on(argv, signal.SIGINT, before, 2, whole)
@@ -155,8 +155,8 @@ def test_a_second_signal_ends_the_process_at_once_while_it_saves(
     run = tmp_path / "run"
 
     def before() -> None:
-        on_call(grpo_core.step, "sample_and_score", 3, sends(first))
-        on_call(sft_core.progress, "save_state", 1, sends(second))
+        on_call(grpo_core.step, "score_groups", 3, sends(first))
+        on_call(sft_core.run.progress, "save_state", 1, sends(second))
 
     end = ended(command(model, run, *MU_2), before)
     assert end.code == -second, end.text
@@ -180,8 +180,8 @@ def test_a_first_signal_while_a_failed_run_is_saved_lets_it_be_saved(model: Path
         raise RuntimeError("a fault of the program")
 
     def before() -> None:
-        on_call(grpo_core.step, "sample_and_score", 3, fail)
-        on_call(sft_core.progress, "save_state", 1, sends(signal.SIGINT))
+        on_call(grpo_core.step, "score_groups", 3, fail)
+        on_call(sft_core.run.progress, "save_state", 1, sends(signal.SIGINT))
 
     end = ended(command(model, run, *MU_2), before)
     assert end.code == 1 and "RuntimeError: a fault of the program" in end.text
@@ -193,8 +193,8 @@ def test_a_disk_that_is_full_when_a_run_is_interrupted_is_told(model: Path, tmp_
     run = tmp_path / "run"
 
     def before() -> None:
-        on_call(grpo_core.step, "sample_and_score", 3, sends(signal.SIGINT))
-        on_call(sft_core.progress, "save_state", 1, fails(errno.ENOSPC))
+        on_call(grpo_core.step, "score_groups", 3, sends(signal.SIGINT))
+        on_call(sft_core.run.progress, "save_state", 1, fails(errno.ENOSPC))
 
     end = ended(command(model, run, *MU_2), before)
     assert end.code == 130, end.text

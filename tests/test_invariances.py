@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from eval.sampling import Samples
-from grpo_core.config import GRPOConfig
-from grpo_core.losses import kept_tokens
-from grpo_core.metrics import step_record
-from grpo_core.objective import LOSSES
-from grpo_core.rollout import sample_groups
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy
-from sft_core.rows import Rows
+from grpo_core.config import LOSSES, GRPOConfig
+from grpo_core.metrics import Tally, step_record
+from grpo_core.step import sample_groups
+from grpo_core.variants import kept_tokens
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
 from tests.helpers import (
     EXAMPLES,
     FAMILIES,
@@ -80,7 +79,7 @@ def outcome(policy: Policy, config: GRPOConfig, samples: Samples) -> Outcome:
     """The gradients of both updates and the log line without its times. The step in between is large enough to leave
     the ratio's bounds."""
     parts = with_samples(caught(policy, config, lr=0.01), samples)
-    record = step_record(step(parts), config)
+    record = step_record(step(parts))
     return parts.optimizer.gradients, {k: v for k, v in record.items() if not k.endswith("_s")}  # type: ignore
 
 
@@ -248,8 +247,8 @@ def test_an_adapter_that_adds_nothing_learns_what_the_chain_rule_makes_of_the_fu
     of_full, of_lora = (with_samples(caught(policy, config), samples) for policy in (full, lora))
     reports = [step(parts) for parts in (of_full, of_lora)]
     assert torch.equal(reports[0].advantage_BG, reports[1].advantage_BG)
-    assert reports[0].tally.means() == reports[1].tally.means()
-    assert reports[1].tally.means()["kl"] == 0
+    assert Tally.of(reports[0]).means() == Tally.of(reports[1]).means()
+    assert Tally.of(reports[1]).means()["kl"] == 0
 
     (of_weights,), (of_adapter,) = of_full.optimizer.gradients, of_lora.optimizer.gradients  # type: ignore[attr-defined]
     scale, adapters = 8 / 4, dict(lora.trainable())  # `adapted`: alpha 8, rank 4

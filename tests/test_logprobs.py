@@ -1,4 +1,4 @@
-"""What `sft_core.logprobs` claims: padding, its side and its amount change nothing, and the stop token is trained."""
+"""Padding, its side and its amount change no log-probability, and the stop token is trained."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy
-from sft_core.rows import Rows
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, Family, largest_difference, random_rows, tiny_policy, widened
 
 families = pytest.mark.parametrize("family", FAMILIES)

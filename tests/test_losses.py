@@ -1,4 +1,4 @@
-"""What `grpo_core.losses` claims: a setting reaches its piece of mathematics and no other, and one that is off costs
+"""A setting reaches its piece of mathematics and no other, and one that is off costs
 nothing."""
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import grpo_core.losses
 import grpo_core.step
-from grpo_core.advantages import decoupled_advantages, group_advantages
-from grpo_core.config import GRPOConfig
-from grpo_core.losses import advantages, kept_tokens, kl_penalty, learned_rows, policy_loss, token_advantages
-from grpo_core.objective import LOSSES, Loss, clipped_surrogate, importance_ratio, k3_kl
-from grpo_core.rollout import Rollout, sample_groups
-from grpo_core.variants import cispo, near_policy_rows, sapo, vespo
+import grpo_core.variants
+from grpo_core.config import LOSSES, GRPOConfig, Loss
+from grpo_core.objective import clipped_surrogate, group_advantages, importance_ratio, k3_kl, token_advantages
+from grpo_core.step import Rollout, advantages, kl_penalty, policy_loss, sample_groups
+from grpo_core.variants import cispo, decoupled_advantages, ended_rows, kept_tokens, near_policy_rows, sapo, vespo
 from rewards import Scores
-from sft_core.rows import pack_rows
+from sft_core.learn.rows import pack_rows
 from tests.helpers import (
     EXAMPLES,
+    attention_of,
     caught,
     ends_often,
     forward_calls,
@@ -238,14 +237,13 @@ def test_decoupling_gives_groups_that_agree_on_everything_no_advantage_and_leave
 # --- rows and tokens that teach ---
 
 
-def test_truncated_rows_lose_their_completion_only_where_asked() -> None:
+def test_truncated_rows_lose_their_completion() -> None:
     policy = ends_often(tiny_policy())
     torch.manual_seed(0)
     samples = sample_groups(policy, EXAMPLES, grpo_config(group_size=4))
     assert samples.truncated_N.any() and not samples.truncated_N.all()
-    assert learned_rows(samples, grpo_config()) is samples.rows
     before = samples.rows.completion_len_N.clone()
-    learned = learned_rows(samples, grpo_config(mask_truncated=True))
+    learned = ended_rows(samples)
     assert torch.equal(learned.completion_len_N, torch.where(samples.truncated_N, 0, before))
     assert torch.equal(samples.rows.completion_len_N, before)
     kept = [[] if cut else ids for cut, ids in zip(samples.truncated_N, samples.rows.completion_ids(), strict=True)]
@@ -257,7 +255,7 @@ def test_rows_without_completions_keep_their_place_and_attend_to_nothing_behind_
     left = rows.without_completions(torch.tensor([False, True, False]))
     assert left.completion_ids() == [[8, 2], [], [3]] and left.prompt_ids() == [[5, 6], [7], [8]]
     assert left.mask_NT.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
-    assert left.attention_NL[1].tolist() == [0, 1, 0, 0, 0]
+    assert attention_of(left)[1].tolist() == [0, 1, 0, 0, 0]
     assert rows.completion_ids() == [[8, 2], [9, 4, 2], [3]]
 
 
@@ -275,10 +273,9 @@ def no_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a variant was computed that nobody asked for")
 
-    for name in VARIANTS:
-        monkeypatch.setattr(grpo_core.losses, name, refuse)
-    for name in ("k3_kl", "decoupled_advantages"):
-        monkeypatch.setattr(grpo_core.losses, name, refuse)
+    for name in (*VARIANTS, "ended_rows", "kept_tokens", "decoupled_advantages", "corrected_kl"):
+        monkeypatch.setattr(grpo_core.variants, name, refuse)
+    monkeypatch.setattr(grpo_core.step, "k3_kl", refuse)
 
 
 @pytest.mark.usefixtures("no_variants")

@@ -20,13 +20,14 @@ import sft_core.train
 from eval.sampling import Samples, Sampling, sample
 from grpo_core.step import Learner
 from sft_core.config import OptimConfig
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.rows import Rows
-from sft_core.tasks import Example
-from sft_core.tiny import build_tokenizer, model_config
-from sft_core.train import SFTConfig, sft_step
+from sft_core.job import SFTConfig
+from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
+from sft_core.model.tiny import build_tokenizer, model_config
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import Example
+from sft_core.train import sft_step
 from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,

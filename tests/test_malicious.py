@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import eval.__main__
 import grpo_core.train
-import sft_core.checkpoint
+import sft_core.run.checkpoint
 import sft_core.train
-from sft_core.tiny import build_tiny
+from sft_core.model.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
@@ -179,7 +179,7 @@ def test_a_pickle_in_the_place_of_any_file_of_a_checkpoint_is_refused(place: Pla
             (checkpoint / name).write_bytes(bait)
             if forged and name != "manifest.json":
                 (checkpoint / "manifest.json").unlink()
-                sft_core.checkpoint._write_manifest(checkpoint)
+                sft_core.run.checkpoint._write_manifest(checkpoint)
             shutil.copytree(place.path / run, place.path / "copy")
             line = place.ended(
                 sft_core.train.main, "--resume", str(place.path / "copy" / "checkpoints" / checkpoint.name)
@@ -311,7 +311,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_whatever_its_manifest_says(
     name = sorted(load_file(weights))[-1]
     without(weights, name)
     (checkpoint / "manifest.json").unlink()
-    sft_core.checkpoint._write_manifest(checkpoint)
+    sft_core.run.checkpoint._write_manifest(checkpoint)
     line = place.ended(sft_core.train.main, "--resume", str(place.path / run))
     assert checkpoint.name in line and line.endswith(f"the weights lack {name})")
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from eval.sampling import Samples
+from grpo_core.config import LOSSES
 from grpo_core.metrics import Tally, step_record
-from grpo_core.objective import LOSSES
-from grpo_core.rollout import sample_groups
+from grpo_core.step import Terms, sample_groups
 from rewards import Reward
-from sft_core.runlog import append_jsonl
+from sft_core.run.runlog import append_jsonl
 from tests.helpers import EXAMPLES, caught, ends_often, grpo_config, measured, step, tiny_policy, with_samples
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -31,14 +31,16 @@ def tally(padding: float) -> dict[str, float]:
 
     counted = Tally(grpo_config(epsilon_low=0.2, epsilon_high=0.3, beta=0.1))
     counted.add(
-        torch.tensor(-0.95),
-        MASK,
-        MASK / 4,
-        torch.tensor([[1.0], [-1.0]]) * MASK,
-        padded([1.25, 1.5, 2.0], [0.5, 0.0, 0.0]),
-        torch.where(MASK, -1.0, 0.0),
-        torch.where(MASK, 0.5, 0.0),
-        torch.where(MASK, 2.0, 0.0),
+        Terms(
+            torch.tensor(-0.95),
+            MASK,
+            MASK / 4,
+            torch.tensor([[1.0], [-1.0]]) * MASK,
+            padded([1.25, 1.5, 2.0], [0.5, 0.0, 0.0]),
+            torch.where(MASK, -1.0, 0.0),
+            torch.where(MASK, 0.5, 0.0),
+            torch.where(MASK, 2.0, 0.0),
+        )
     )
     counted.updates = 1
     return counted.means()
@@ -77,14 +79,16 @@ def counted(config: Any, mask: Any, ratio: Any, advantage: Any, updates: list[in
         own = mask[row : row + 1]
         tally.updates = update
         tally.add(
-            torch.tensor(0.0),
-            own,
-            own / 4,
-            advantage[row : row + 1, None] * own,
-            ratio[row : row + 1],
-            zeros,
-            zeros,
-            zeros,
+            Terms(
+                torch.tensor(0.0),
+                own,
+                own / 4,
+                advantage[row : row + 1, None] * own,
+                ratio[row : row + 1],
+                zeros,
+                zeros,
+                zeros,
+            )
         )
     tally.updates += 1
     return tally.means()
@@ -156,7 +160,7 @@ def test_a_log_line_tells_why_nothing_is_learned() -> None:
 
     parts = caught(ends_often(tiny_policy()), config, first_group_alone)
     report = step(with_samples(parts, samples))
-    record = step_record(report, config)
+    record = step_record(report)
     assert record["zero_variance_share"] == 0.5
     assert record["zero_variance_tokens"] == int(samples.rows.completion_len_N[4:].sum())
     assert record["adv_abs_mean"] == pytest.approx(float(report.advantage_BG.abs().mean()))
@@ -209,7 +213,7 @@ def test_each_reward_functions_spread_is_told_beside_its_mean() -> None:
     values: list[float | None] = [1, 4, None, 2, 2, 5]
     functions = {"several": values, "one": [None] * 5 + [3.0], "none": [None] * 6}
     rewards = [Reward(name, lambda name=name, **_: functions[name]) for name in functions]  # type: ignore[misc]
-    record = step_record(step(replace(caught(ends_often(tiny_policy()), config), rewards=rewards)), config)
+    record = step_record(step(replace(caught(ends_often(tiny_policy()), config), rewards=rewards)))
     known = [1, 4, 2, 2, 5]
     assert record["rewards/several"] == fmean(known) and record["rewards_std/several"] == pytest.approx(stdev(known))
     assert record["rewards/one"] == 3 and record["rewards_std/one"] is None
@@ -230,7 +234,7 @@ def test_a_step_whose_rows_are_all_masked_teaches_nothing_and_can_be_logged(loss
     report = step(with_samples(parts, replace(samples, truncated_N=torch.ones(8, dtype=torch.bool))))
     gradients = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert len(gradients) == 2 and all((g == 0).all() for gradient in gradients for g in gradient.values())
-    record = step_record(report, config)
+    record = step_record(report)
     assert all(math.isfinite(value) for value in record.values())
     assert record["ratio_min"] == record["ratio_max"] == record["ratio_first_min"] == record["ratio_first_max"] == 1
     assert record["clip_ratio_low_min"] == record["clip_ratio_high_max"] == 0

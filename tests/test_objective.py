@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.objective import LOSSES, Aggregation, clipped_surrogate, importance_ratio, k3_kl, token_weights
+from grpo_core.config import LOSSES, Aggregation
+from grpo_core.objective import clipped_surrogate, importance_ratio, k3_kl, token_weights
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
 MASK_NT = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)

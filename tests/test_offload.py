@@ -1,4 +1,4 @@
-"""What `sft_core.offload` claims: AdamW's own arithmetic to the bit, with its moments elsewhere between steps."""
+"""What `sft_core.learn.offload` claims: AdamW's own arithmetic to the bit, with its moments elsewhere between steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import torch
 
 import grpo_core.train
 import sft_core.train
-from sft_core import offload
 from sft_core.config import OptimConfig
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
+from sft_core.learn import offload
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import Policy
 from tests.helpers import (
     PEFT_IS_BEHIND,
     adapted,
@@ -204,7 +204,7 @@ def test_two_runs_in_one_folder_do_not_share_files(tmp_path: Path) -> None:
 
 LEAVES_AT_ONCE = """
 import sys, torch
-from sft_core.offload import OffloadedAdamW
+from sft_core.learn.offload import OffloadedAdamW
 weight = torch.nn.Parameter(torch.ones(3))
 weight.grad = torch.ones(3)
 kept = OffloadedAdamW(torch.optim.AdamW([weight], fused=True), [weight], sys.argv[1])

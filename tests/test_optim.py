@@ -1,4 +1,4 @@
-"""What `sft_core.optim` claims: unscaled before clipped, and nothing moves on a gradient that is not finite."""
+"""What `sft_core.learn.optim` claims: unscaled before clipped, and nothing moves on a gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sft_core.config import OptimConfig
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import Policy
 from tests.helpers import PEFT_IS_BEHIND, adapted, largest_difference, tiny_policy, weights
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import grpo_core.step
 import sft_core.train
-from grpo_core.metrics import step_record
+from grpo_core.metrics import Tally, step_record
 from sft_core.config import OptimConfig
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
-from sft_core.rows import Rows
+from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
 from sft_core.train import sft_step
 from tests.helpers import ends_often, grpo_config, learner, random_rows, relative_difference, step, tiny_policy, weights
 
@@ -83,9 +83,9 @@ def grpo_outcome(patch: pytest.MonkeyPatch, fits: int, where: Where, error: str,
     parts = learner(policy, config)
     seen, memory = stepped_gradients(parts.optimizer), Memory(patch, policy, fits, where, error)
     report = step(parts)
-    record = {name: value for name, value in step_record(report, config).items() if not name.endswith("_s")}
-    assert report.tally.updates == 2
-    assert float(report.tally.sums["tokens"]) == 2 * int(report.rollout.samples.rows.mask_NT.sum())
+    record = {name: value for name, value in step_record(report).items() if not name.endswith("_s")}
+    assert Tally.of(report).updates == 2
+    assert float(Tally.of(report).sums["tokens"]) == 2 * int(report.rollout.samples.rows.mask_NT.sum())
     return seen, record, memory, parts.optimizer
 
 
@@ -228,7 +228,7 @@ def test_memory_and_fp16s_range_may_run_out_in_one_step(monkeypatch: pytest.Monk
     # Six rows do not fit; the second half overflows; both halves again; then the second update.
     assert memory.tried == [6, 3, 3, 3, 3, 3, 3] and parts.optimizer.scaler.get_scale() == 512
     assert len(moves) == 2 and relative_difference(before, weights(policy)) > 0
-    tally, tokens = report.tally, int(report.rollout.samples.rows.mask_NT.sum())
+    tally, tokens = Tally.of(report), int(report.rollout.samples.rows.mask_NT.sum())
     assert tally.updates == 2 and float(tally.sums["tokens"]) == 2 * tokens
     assert math.isfinite(report.grad_norm) and math.isfinite(tally.means()["grpo_loss"])
 
@@ -238,11 +238,11 @@ import resource, sys
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from sft_core.config import OptimConfig
-from sft_core.logprobs import token_logprobs
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import Policy
 from sft_core.precision import pick_precision
-from sft_core.rows import pack_rows
+from sft_core.learn.rows import pack_rows
 
 torch.manual_seed(0)
 sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)

@@ -1,4 +1,4 @@
-"""What `sft_core.packing` claims: one prompt, encoded once, serves all its completions, and none sees another."""
+"""One prompt, encoded once, serves all its completions, and none sees another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, GPT2Config, MambaConfig, MistralConfig, Qwen2Config
 
-import sft_core.packing
-from sft_core.logprobs import token_logprobs
-from sft_core.packing import pack
-from sft_core.policy import Policy, attends_to_everything
-from sft_core.rows import Rows, pack_rows
+import sft_core.learn.logprobs
+from sft_core.learn.logprobs import pack, token_logprobs
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy, attends_to_everything
 from tests.helpers import FAMILIES, Family, forward_calls, largest_difference, tiny_policy
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -32,7 +31,7 @@ def test_a_packed_row_is_the_one_drawn_in_the_module() -> None:
     packed = pack(pack_rows([[q, q, q], [q, q, q]], [[a, b, e], [c, e]], pad_id=0), share_prompts=True)
     assert packed.ids_RL.tolist() == [[q, q, q, a, b, e, c, e]]
     assert packed.position_RL.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
-    drawn = sft_core.packing.__doc__.split("attention")[1].split("The token")[0].splitlines()  # type: ignore
+    drawn = sft_core.learn.logprobs.__doc__.split("attention")[1].split("The token")[0].splitlines()  # type: ignore
     seen = [[mark == "1" for mark in line.split()[:8]] for line in drawn if line.strip()]
     assert packed.attention[0, 0].tolist() == seen
     assert packed.predictor_M.tolist() == [2, 3, 4, 2, 6]
@@ -86,7 +85,7 @@ def test_a_completion_that_sees_another_would_be_seen(family: Family, monkeypatc
         R, L = segment_RL.shape
         return torch.ones(L, L, dtype=torch.bool).tril().expand(R, 1, L, L)
 
-    monkeypatch.setattr(sft_core.packing, "_attention", causal)
+    monkeypatch.setattr(sft_core.learn.logprobs, "_attention", causal)
     assert (token_logprobs(policy, rows())[0] - expected).abs().max() > 0.1
 
 

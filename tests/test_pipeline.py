@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 import grpo_core.train
-from grpo_core.pipeline import SUMMARIES, main
-from grpo_core.stages import Settings, stages_of, understood
-from sft_core.optim import Optimizer
+from grpo_core.pipeline.__main__ import SUMMARIES, main
+from grpo_core.pipeline.stages import Settings, stages_of, understood
+from sft_core.learn.optim import Optimizer
 from tests.helpers import PEFT_IS_BEHIND
 
 TASK = ["--task", "arithmetic", "--prompt_format", "hash", "--system_prompt=", "--max_prompt_tokens", "90"]

@@ -10,20 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import benchmarks.plan
-import grpo_core.memory
+import benchmarks.plan.__main__
+import grpo_core.memory.forecast
 from benchmarks.machine import GPUS, Ceilings, machine, measured
-from benchmarks.plan import alternatives, question_of, savings
-from benchmarks.plan_check import run
+from benchmarks.plan.check import run
+from benchmarks.plan.question import alternatives, answer, question_of, savings
 from benchmarks.roofline import Phase, phases
 from benchmarks.workload import workload
 from grpo_core.config import GRPOConfig
-from grpo_core.memory import GB, Batch, Lengths, forecast, kept_bytes, micro_batches, plan
+from grpo_core.memory.forecast import GB, Batch, Lengths, forecast, kept_bytes, micro_batches, plan
 from sft_core.config import ModelConfig
-from sft_core.offload import PIECE
-from sft_core.shapes import Shapes, shapes_of
-from sft_core.source import Source, find_source
-from sft_core.tiny import build_tiny
+from sft_core.learn.offload import PIECE
+from sft_core.model.shapes import Shapes, shapes_of
+from sft_core.model.source import Source, find_source
+from sft_core.model.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND, SHARED, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
@@ -226,7 +226,7 @@ def test_each_flag_that_is_named_saves_what_it_says_and_none_is_named_that_does_
     layers = shapes.layers * shapes.layer
     assert found["--beta 0"][0] == 4 * shapes.base - 2 * layers
     assert found["--offload_optimizer cpu"][0] == 8 * shapes.base
-    assert "--lora" in benchmarks.plan.answer(question)
+    assert "--lora" in answer(question)
 
 
 # -------------------------------------------------------------------------------------------- shapes and real tensors
@@ -311,13 +311,13 @@ def test_the_t4_preset_fits_a_t4() -> None:
     question = question_of(config, "t4", 0, 0)
     assert question.dtype == torch.float16
     assert 8 * GB < question.plan.peak < 15 * 2**30
-    assert "fits" in benchmarks.plan.answer(question)
-    assert "NOT fit" in benchmarks.plan.answer(replace(question, where=replace(GPUS["t4"], memory=8 * GB)))
+    assert "fits" in answer(question)
+    assert "NOT fit" in answer(replace(question, where=replace(GPUS["t4"], memory=8 * GB)))
 
 
 def test_a_machine_that_nobody_knows_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        benchmarks.plan.main(["tiny", "--gpu", "t5"])
+        benchmarks.plan.__main__.main(["tiny", "--gpu", "t5"])
     captured = capsys.readouterr()
     assert ended.value.code == 2
     assert captured.out == ""
@@ -325,7 +325,7 @@ def test_a_machine_that_nobody_knows_ends_in_one_line(capsys: pytest.CaptureFixt
 
 
 def test_the_program_answers_for_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmarks.plan.main(["tiny", "--gpu", "L4", "--prompt_tokens", "30"])
+    benchmarks.plan.__main__.main(["tiny", "--gpu", "L4", "--prompt_tokens", "30"])
     out = capsys.readouterr().out
     assert "L4, float32, prompts of 30 tokens, completions of 48" in out
     for word in ("it fits", "weights", "AdamW", "prefill", "decode", "learner", "optimizer", "a step"):
@@ -337,7 +337,7 @@ def test_a_forecast_reads_no_weights_and_never_stops_a_run(folder: Path, monkeyp
     config = small(model=str(folder), device="cpu")
     only_its_config = replace(source, base="no such folder")
     assert forecast(config, only_its_config).startswith("memory: about 0.")
-    monkeypatch.setattr(grpo_core.memory, "shapes_of", lambda *_: {}["a recurrent model"])
+    monkeypatch.setattr(grpo_core.memory.forecast, "shapes_of", lambda *_: {}["a recurrent model"])
     assert forecast(config, only_its_config) == "memory: no forecast for this model (KeyError: 'a recurrent model')"
 
 

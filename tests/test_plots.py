@@ -16,7 +16,7 @@ from benchmarks.plots.lines import Line, Panel, by_settings, curve, logged, one_
 from benchmarks.plots.panels import PARTS, SHEETS, panels
 from benchmarks.plots.sheet import COLORS, mean_parts, style
 from benchmarks.plots.summary import seeds, summary
-from grpo_core.readlog import Run
+from grpo_core.doctor.readlog import Run
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "benchmarks" / "results" / "embedded"

@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
+from grpo_core.metrics import Tally
 from grpo_core.step import grpo_step
 from sft_core.precision import Precision, pick_device, pick_precision
 from tests.helpers import EXAMPLES, ends_often, grpo_config, learner, tiny_policy
@@ -84,14 +85,14 @@ def test_weights_gradients_and_optimizer_state_stay_float32(name: Name) -> None:
 @names
 def test_the_first_update_has_ratio_exactly_one(name: Name) -> None:
     report = grpo_step(learner(ends_often(tiny_policy(precision=name)), grpo_config(micro_batch=4)), EXAMPLES)
-    means = report.tally.means()
+    means = Tally.of(report).means()
     assert means["ratio_min"] == means["ratio_max"] == 1
 
 
 @names
 def test_sampler_and_learner_agree_up_to_the_rounding_of_the_precision(name: Name) -> None:
     report = grpo_step(learner(ends_often(tiny_policy(precision=name)), grpo_config(temperature=0.7)), EXAMPLES)
-    assert report.tally.gap["sampler_gap_max"] < {"float32": 1e-5, "bf16": 0.2, "fp16": 0.02}[name]
+    assert Tally.of(report).gap["sampler_gap_max"] < {"float32": 1e-5, "bf16": 0.2, "fp16": 0.02}[name]
 
 
 def test_a_precision_has_a_name() -> None:

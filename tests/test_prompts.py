@@ -17,8 +17,9 @@ from rewards import (
     xmlcount_reward_func,
 )
 from sft_core.config import ModelConfig, TaskConfig
-from sft_core.policy import load_policy
-from sft_core.prompts import (
+from sft_core.model.policy import load_policy
+from sft_core.model.tiny import build_tiny
+from sft_core.text.prompts import (
     FORMATS,
     SHOT,
     PromptFormat,
@@ -28,8 +29,7 @@ from sft_core.prompts import (
     encode_prompt,
     prompt_messages,
 )
-from sft_core.tasks import Example
-from sft_core.tiny import build_tiny
+from sft_core.text.tasks import Example
 from tests.helpers import SHARED, tokenizer
 
 REAL_QWEN = SHARED / "models" / "qwen2.5-0.5b-instruct"

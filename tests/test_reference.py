@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from grpo_core.metrics import Tally
 from grpo_core.objective import k3_kl
 from grpo_core.reference import Reference
 from grpo_core.step import grpo_step
 from sft_core.config import ModelConfig
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy, load_policy, without_dropout
-from sft_core.rows import Rows
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy, load_policy, without_dropout
 from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,
@@ -69,7 +70,7 @@ def disturb(policy: Policy) -> None:
 def test_kl_is_zero_at_the_first_step(kind: str, tmp_path: Path) -> None:
     config = grpo_config(beta=0.1, temperature=0.8, micro_batch=4)
     report = grpo_step(learner(start(kind, tmp_path), config), EXAMPLES)
-    assert report.tally.means()["kl"] == 0
+    assert Tally.of(report).means()["kl"] == 0
 
 
 @kinds
@@ -77,7 +78,7 @@ def test_kl_is_positive_once_the_policy_has_moved(kind: str, tmp_path: Path) -> 
     config = grpo_config(beta=0.1, lr=1e-2)
     parts = learner(start(kind, tmp_path), config)
     grpo_step(parts, EXAMPLES)
-    assert grpo_step(parts, EXAMPLES).tally.means()["kl"] > 1e-4
+    assert Tally.of(grpo_step(parts, EXAMPLES)).means()["kl"] > 1e-4
 
 
 @kinds
@@ -101,7 +102,7 @@ def test_the_kl_pulls_the_policy_back_to_the_reference(kind: str, tmp_path: Path
     parts = caught(policy, grpo_config(beta=1.0), lambda prompts, **_: [1.0] * len(prompts), lr=1e-3)
     disturb(policy)
     report = grpo_step(parts, EXAMPLES)
-    away, rows = report.tally.means()["kl"], report.rollout.samples.rows
+    away, rows = Tally.of(report).means()["kl"], report.rollout.samples.rows
     assert parts.reference and away > 0.01
     k3_NT = k3_kl(scored(policy, rows), parts.reference.logprobs(rows, 1.0, micro_batch=8))
     assert float(k3_NT.sum() / rows.mask_NT.sum()) < away - 1e-4
@@ -274,7 +275,7 @@ def test_a_mix_of_one_is_a_copy_after_which_the_kl_is_zero_again(kind: str, tmp_
     policy = start(kind, tmp_path)
     parts = learner(policy, config)
     assert parts.reference
-    kls = [grpo_step(parts, EXAMPLES).tally.means()["kl"] for _ in range(5)]
+    kls = [Tally.of(grpo_step(parts, EXAMPLES)).means()["kl"] for _ in range(5)]
     assert kls[0] == kls[2] == kls[4] == 0 and kls[1] > 1e-4 and kls[3] > 1e-4
     parts.reference.updates = 1
     parts.reference.follow()

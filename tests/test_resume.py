@@ -14,11 +14,11 @@ import torch
 
 import grpo_core.train
 import sft_core.train
-from sft_core.checkpoint import load_state, save_state
 from sft_core.config import OptimConfig
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy
-from sft_core.tiny import build_tiny
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import Policy
+from sft_core.model.tiny import build_tiny
+from sft_core.run.checkpoint import load_state, save_state
 from tests.faulty import FORKS
 from tests.helpers import PEFT_IS_BEHIND, tiny_policy
 from tests.killing import Program, child, differences, finished_in, log, run_killed
@@ -116,7 +116,7 @@ def test_an_optimizer_goes_on_as_it_was_left(
     before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it has kept its moments, and wherever it keeps them now."""
-    monkeypatch.setattr("sft_core.offload.PIECE", 64)  # parameters have many pieces
+    monkeypatch.setattr("sft_core.learn.offload.PIECE", 64)  # parameters have many pieces
 
     def optimizer(policy: Policy, where: str) -> Optimizer:
         config = OptimConfig(lr=1e-2, offload_optimizer=str(tmp_path) if where == "HERE" else where, micro_batch=4)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import grpo_core.train
 from rewards import Reward, RewardError, score
 from rewards.call import within
-from sft_core.tiny import build_tiny
+from sft_core.model.tiny import build_tiny
 from tests.helpers import message_of
 
 ROWS = ["one", "two", "bad\n" + "x" * 500, "four"]

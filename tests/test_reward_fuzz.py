@@ -20,7 +20,7 @@ from rewards import (
     parse_number,
     same_number,
 )
-from sft_core.prompts import FORMATS
+from sft_core.text.prompts import FORMATS
 from tests.test_rewards import TEXT_REWARDS, best_time, gsm8k_answers
 
 # What the reward functions pay; the count of tags is a range, and is checked by itself.

@@ -1,4 +1,4 @@
-"""What `grpo_core.rollout` claims: every row keeps its own prompt, tokens, log-probabilities and rewards, also where
+"""Every row keeps its own prompt, tokens, log-probabilities and rewards, also where
 groups of equal rewards are replaced."""
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import torch
 
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
-from grpo_core.metrics import step_record
-from grpo_core.rollout import Rollout, sample_groups
-from grpo_core.step import StepReport, grpo_step
+from grpo_core.dynamic import equal_groups, replacing_equal_groups
+from grpo_core.dynamic import joined as joined_samples
+from grpo_core.metrics import Tally, step_record
+from grpo_core.step import Rollout, StepReport, grpo_step, sample_groups
 from grpo_core.train import PromptSource
 from rewards import Reward, Scores, load_rewards
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.rows import pack_rows
-from sft_core.tasks import Example, Task
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import pack_rows
+from sft_core.model.policy import Policy
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import Example, Task
 from tests.helpers import caught, ends_often, grpo_config, tiny_policy, with_samples
 
 # Prompts of unlike lengths: a group that takes another's place needs other padding.
@@ -65,7 +66,12 @@ def dynamic(varied: set[int], attempts: int = 3, **fields: Any) -> tuple[StepRep
     config = grpo_config(prompts_per_step=4, dynamic_sampling=attempts, micro_batch=5, **fields)
     parts = caught(ends_often(tiny_policy()), config, reward)
     torch.manual_seed(0)
-    return grpo_step(parts, STOCK[:4], further), further, reward, parts.optimizer
+    return (
+        grpo_step(replace(parts, roll_out=replacing_equal_groups(further)), STOCK[:4]),
+        further,
+        reward,
+        parts.optimizer,
+    )
 
 
 def problems(report: StepReport) -> list[int]:
@@ -146,7 +152,7 @@ def test_every_row_of_the_joined_batch_keeps_its_own_tokens_logprobs_and_rewards
     assert rows.prompt_len_N.unique().numel() > 2 and rows.completion_len_N.unique().numel() > 2
     assert rows.prompt_width == rows.prompt_len_N.max() and rows.mask_NT.shape[1] == rows.completion_len_N.max()
     assert (rollout.samples.logp_NT[~rows.mask_NT] == 0).all()
-    assert report.tally.gap["sampler_gap_max"] < 1e-5
+    assert Tally.of(report).gap["sampler_gap_max"] < 1e-5
     assert report.advantage_BG.tolist() == [pytest.approx([-0.999, 0, 0.999], abs=1e-3)] * 4
 
 
@@ -161,7 +167,7 @@ def test_replaced_groups_are_learned_as_if_they_had_been_sampled_at_first() -> N
 
 def test_replaced_groups_are_counted_in_the_log_and_the_others_only_once() -> None:
     report, _, _, _ = dynamic({0, 5, 7, 8})
-    record = step_record(report, grpo_config(prompts_per_step=4))
+    record = step_record(report)
     assert record["replaced_groups"] == 5 and record["zero_variance_share"] == 0
     assert record["tokens_generated"] == int(report.rollout.samples.rows.completion_len_N.sum())
 
@@ -181,7 +187,7 @@ def some_samples(lengths: list[int], logp_width: int, first: int) -> Samples:
 @pytest.mark.parametrize("chosen", [[0, 3, 2], [4, 3], [1, 0], [2, 4, 0, 1, 3]])
 def test_joined_samples_are_the_chosen_rows_padded_anew(chosen: list[int]) -> None:
     lengths, other = [2, 4, 1], [3, 1]
-    joined = some_samples(lengths, 4, 10).followed_by(some_samples(other, 3, 13), chosen)
+    joined = joined_samples(some_samples(lengths, 4, 10), some_samples(other, 3, 13), chosen)
     assert joined.texts == [str(10 + row) for row in chosen]
     for at, row in enumerate(chosen):
         length = (lengths + other)[row]
@@ -197,7 +203,7 @@ def test_the_data_goes_on_behind_the_prompts_that_replaced_others() -> None:
     source = PromptSource(task, seed=5)
     # The second and the fourth group are equal, and so is the first of their replacements.
     parts = caught(ends_often(tiny_policy()), grpo_config(dynamic_sampling=2), Varied({order[i] for i in (0, 2, 5, 6)}))
-    report = grpo_step(parts, source(4), source)
+    report = grpo_step(replace(parts, roll_out=replacing_equal_groups(source)), source(4))
     assert problems(report) == [order[0], order[6], order[2], order[5]] and source.position == 7
     assert [number_of(example.question) for example in source(3)] == order[7:10]
 
@@ -254,6 +260,6 @@ def test_groups_that_differ_in_each_function_are_kept_though_their_sums_are_equa
     samples: Any = None  # not looked at
     total = [3.0] * 4 + [6.0] * 4
     rollout = Rollout([], samples, Scores(total, values), torch.tensor(total, dtype=torch.float64).view(2, 4))
-    assert rollout.equal_groups(grpo_config()).tolist() == [True, True]
+    assert equal_groups(rollout, grpo_config()).tolist() == [True, True]
     decoupled = grpo_config(reward_aggregation="normalize_then_sum")
-    assert rollout.equal_groups(decoupled).tolist() == [False, True]
+    assert equal_groups(rollout, decoupled).tolist() == [False, True]

@@ -1,4 +1,4 @@
-"""What `sft_core.rows` claims: lengths alone tell tokens from padding."""
+"""What `sft_core.learn.rows` claims: lengths alone tell tokens from padding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.rows import Rows, pack_rows, pad
-from tests.helpers import random_rows, tiny_policy, widened
+from sft_core.learn.rows import Rows, pack_rows, pad
+from tests.helpers import attention_of, random_rows, tiny_policy, widened
 
 EOS = PAD = 2
 
@@ -24,13 +24,13 @@ def test_padding_is_on_the_left_of_prompts_and_on_the_right_of_completions() -> 
 
 def test_masks_come_from_lengths_and_not_from_token_values() -> None:
     assert TREACHEROUS.mask_NT.tolist() == [[True, False, False, False], [True, True, True, True]]
-    assert TREACHEROUS.attention_NL.tolist() == [[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert attention_of(TREACHEROUS).tolist() == [[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
 
 
 def test_the_mask_counts_every_completion_token_and_its_stop_token() -> None:
     rows = random_rows(tiny_policy(), (4, 7, 2), (5, 1, 8))
     assert rows.mask_NT.sum(dim=1).tolist() == [5, 1, 8]
-    assert rows.attention_NL.sum(dim=1).tolist() == [4 + 5, 7 + 1, 2 + 8]
+    assert attention_of(rows).sum(dim=1).tolist() == [4 + 5, 7 + 1, 2 + 8]
     last_N = rows.completion_len_N - 1
     assert rows.completion_NT[torch.arange(3), last_N].tolist() == [tiny_policy().eos_ids[0]] * 3
     assert rows.mask_NT[torch.arange(3), last_N].all()
@@ -40,7 +40,7 @@ def test_the_padding_id_changes_no_mask() -> None:
     for pad_id in (0, EOS, 7):
         rows = pack_rows([[PAD, 7, PAD], [5]], [[EOS], [6, PAD, EOS, PAD]], pad_id)
         assert torch.equal(rows.mask_NT, TREACHEROUS.mask_NT)
-        assert torch.equal(rows.attention_NL, TREACHEROUS.attention_NL)
+        assert torch.equal(attention_of(rows), attention_of(TREACHEROUS))
 
 
 def test_more_padding_changes_no_token() -> None:
@@ -72,7 +72,7 @@ def test_cutting_and_masking_leave_the_rows_unchanged() -> None:
     before = TREACHEROUS.ids_NL.clone(), TREACHEROUS.prompt_len_N.clone(), TREACHEROUS.completion_len_N.clone()
     for _, micro in TREACHEROUS.micro_batches(1):
         micro.mask_NT.zero_()
-        micro.attention_NL.zero_()
+        attention_of(micro).zero_()
     TREACHEROUS.mask_NT.zero_()
     after = TREACHEROUS.ids_NL, TREACHEROUS.prompt_len_N, TREACHEROUS.completion_len_N
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
@@ -94,6 +94,6 @@ def test_padding_a_list_leaves_it_unchanged() -> None:
 def own_tokens(rows: Rows) -> list[tuple[list[int], list[int]]]:
     """Each row's prompt and completion, by the masks."""
     P, pairs = rows.prompt_width, []
-    for row, attended, trained in zip(rows.ids_NL, rows.attention_NL.bool(), rows.mask_NT, strict=True):
+    for row, attended, trained in zip(rows.ids_NL, attention_of(rows).bool(), rows.mask_NT, strict=True):
         pairs.append((row[:P][attended[:P]].tolist(), row[P:][trained].tolist()))
     return pairs

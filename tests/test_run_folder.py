@@ -20,10 +20,10 @@ import grpo_core.step
 import grpo_core.train
 import sft_core.train
 from grpo_core.config import GRPOConfig
-from sft_core.checkpoint import checkpoints, step_of
 from sft_core.cli import parse_config
 from sft_core.config import FREE_ON_RESUME, PASSING
-from sft_core.progress import Progress
+from sft_core.run.checkpoint import checkpoints, step_of
+from sft_core.run.progress import Progress
 from tests.faulty import FORKS, SFT, STEPS, Ended, command, dies, ended, fails, on_call
 from tests.helpers import PEFT_IS_BEHIND, message_of, tiny_model
 from tests.killing import child, differences, log, shown
@@ -65,7 +65,7 @@ def assert_refused(end: Ended, *parts: str) -> None:
 def at_work(model: Path, tmp_path: Path) -> Iterator[Path]:
     """A run folder that a process is at work in: it waits in its third step."""
     run = tmp_path / "busy"
-    before = partial(on_call, grpo_core.step, "sample_and_score", 3, lambda: time.sleep(100))
+    before = partial(on_call, grpo_core.step, "score_groups", 3, lambda: time.sleep(100))
 
     def program(argv: Any) -> None:
         before()

@@ -18,16 +18,18 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval.__main__
+import grpo_core.job
 import grpo_core.train
 import grpo_core.warmstart
 import sft_core.train
 from grpo_core.config import GRPOConfig
 from grpo_core.reference import Reference
 from rewards import numeric_reward_func
-from sft_core.arithmetic import ArithmeticStream
 from sft_core.cli import parse_config
-from sft_core.optim import Optimizer
-from sft_core.tiny import build_tiny
+from sft_core.job import SFTJob
+from sft_core.learn.optim import Optimizer
+from sft_core.model.tiny import build_tiny
+from sft_core.text.arithmetic import ArithmeticStream
 from tests.helpers import PEFT_IS_BEHIND, SHARED
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
@@ -346,7 +348,7 @@ def test_beta_0_holds_no_reference(start: list[str], tmp_path: Path, monkeypatch
             super().__init__(*parts)
             made.append(self)
 
-    monkeypatch.setattr(grpo_core.train, "Reference", Counted)
+    monkeypatch.setattr(grpo_core.job, "Reference", Counted)
     without = grpo(tmp_path / "without", *start, "--max_steps", "2", "--beta", "0")
     assert made == [] and [line["kl"] for line in without.train] == [0, 0]
     grpo(tmp_path / "with", *start, "--max_steps", "1", "--beta", "0.1")
@@ -368,7 +370,7 @@ def test_fp16_runs_under_a_grad_scaler_over_float32_weights(
             super().__init__(*args)
             optimizers.append(self)
 
-    monkeypatch.setattr(grpo_core.train, "Optimizer", Kept)
+    monkeypatch.setattr(grpo_core.job, "Optimizer", Kept)
     run = grpo(tmp_path / "run", *start, "--eval_problems", "0", "--max_steps", "2", "--precision", "fp16")
     [optimizer] = optimizers
     assert optimizer.scaler.is_enabled()
@@ -466,13 +468,13 @@ def short_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     work.mkdir()
     monkeypatch.chdir(work)
     made: list[Path] = []
-    begin = sft_core.train.SFTJob.begin
+    begin = sft_core.train.begin
 
-    def noting(job: sft_core.train.SFTJob) -> sft_core.train.SFTRun | None:
+    def noting(job: SFTJob) -> sft_core.train.SFTRun | None:
         made.append(Path(job.config.output_dir))
         return begin(job)
 
-    monkeypatch.setattr(sft_core.train.SFTJob, "begin", noting)
+    monkeypatch.setattr(grpo_core.warmstart, "begin", noting)
     yield made
 
 
@@ -515,7 +517,7 @@ def test_a_warm_start_that_was_stopped_half_way_is_gone_on_with(short_warm_start
 
 def test_the_embedded_job_is_what_no_arguments_mean() -> None:
     config = parse_config(GRPOConfig, [], grpo_core.train.PRESETS, "tiny")
-    job = grpo_core.train.prepare(config)
+    job = grpo_core.job.prepare(config)
     assert job.source is None and job.task.size is None
     assert [reward.name for reward in job.rewards] == ["numeric_reward_func"]
 

@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from eval.sampling import Samples, Sampling, completion_lengths, sample
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, Family, checkpoint_activations, ends_often, forward_calls, tiny_policy
 
 families = pytest.mark.parametrize("family", FAMILIES)

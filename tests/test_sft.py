@@ -12,12 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_core.train
-from sft_core.arithmetic import ArithmeticStream
-from sft_core.policy import Policy
-from sft_core.rows import Rows, pack_rows
-from sft_core.tasks import Example, as_example
-from sft_core.tiny import build_tiny
-from sft_core.train import SFTConfig, encode_demonstrations, heldout_loss, main, sft_step
+from sft_core.job import SFTConfig
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy
+from sft_core.model.tiny import build_tiny
+from sft_core.text.arithmetic import ArithmeticStream
+from sft_core.text.tasks import Example, as_example
+from sft_core.train import encode_demonstrations, heldout_loss, main, sft_step
 from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,

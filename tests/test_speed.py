@@ -18,8 +18,8 @@ from benchmarks.fp16_on_cpu import FP16Products
 from benchmarks.speed.alternation import Pairs, Step
 from benchmarks.speed.report import learning, report, seconds_until
 from benchmarks.workload import Steps, names, with_start, workload
-from sft_core.provenance import shown_flags
-from sft_core.tiny import build_tiny
+from sft_core.model.tiny import build_tiny
+from sft_core.run.provenance import shown_flags
 
 
 def step(seconds: float, reward: float = 0.0, peak: float = 1e9) -> Step:

@@ -19,16 +19,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import grpo_core.job
 import grpo_core.train
 from eval.sampling import Samples
-from grpo_core.metrics import step_record
-from grpo_core.rollout import sample_groups
-from grpo_core.step import grpo_step
+from grpo_core.metrics import Tally, step_record
+from grpo_core.step import grpo_step, sample_groups
 from rewards import Reward
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy, without_dropout
-from sft_core.prompts import encode_prompt, prompt_messages
-from sft_core.tasks import load_task
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.model.policy import Policy, without_dropout
+from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.tasks import load_task
 from tests.helpers import (
     EXAMPLES,
     FAMILIES,
@@ -66,7 +66,7 @@ aggregations = pytest.mark.parametrize(
 def test_the_first_update_has_ratio_exactly_one_and_the_samplers_logprobs(family: Family, temperature: float) -> None:
     policy = ends_often(tiny_policy(family, initializer_range=0.2))
     report = step(caught(policy, grpo_config(temperature=temperature, micro_batch=4)))
-    means = report.tally.means()
+    means = Tally.of(report).means()
     assert means["ratio_min"] == means["ratio_max"] == 1
     assert means["sampler_gap_max"] < 1e-5
 
@@ -78,7 +78,7 @@ def test_the_sampler_gap_is_measured_on_the_completions_own_tokens() -> None:
     off_NT = torch.where(samples.rows.mask_NT, 0.5, 0.0)
     off_NT[0, 0] += 0.25
     spoilt = replace(samples, logp_NT=samples.logp_NT + off_NT)
-    gap = step(with_samples(caught(policy, config), spoilt)).tally.gap
+    gap = Tally.of(step(with_samples(caught(policy, config), spoilt))).gap
     assert gap["sampler_gap_mean"] == pytest.approx(0.5 + 0.25 / int(samples.rows.mask_NT.sum()), abs=1e-5)
     assert gap["sampler_gap_max"] == pytest.approx(0.75, abs=1e-5)
 
@@ -98,8 +98,8 @@ def test_a_step_samples_once_however_many_updates_it_takes(mu: int) -> None:
         report = step(parts)
     assert len(sampled) == 1
     assert len([call for call in calls if call["use_cache"] is False]) == 2 * mu  # a forward for each micro-batch
-    assert report.tally.updates == mu == len(parts.optimizer.gradients)  # type: ignore[attr-defined]
-    means = report.tally.means()
+    assert Tally.of(report).updates == mu == len(parts.optimizer.gradients)  # type: ignore[attr-defined]
+    means = Tally.of(report).means()
     assert (means["ratio_min"] == 1) == (mu == 1)
 
 
@@ -121,24 +121,24 @@ def test_a_model_with_dropout_samples_and_learns_one_distribution(family: Family
     dropout = {"attention_dropout": 0.1} if family == "qwen2" else dict.fromkeys(("resid_pdrop", "embd_pdrop"), 0.1)
     policy = ends_often(tiny_policy(family, initializer_range=0.2, **dropout))
     # Left on, dropout would be seen:
-    assert step(caught(policy, grpo_config())).tally.gap["sampler_gap_max"] > 1e-3
+    assert Tally.of(step(caught(policy, grpo_config()))).gap["sampler_gap_max"] > 1e-3
     without_dropout(policy.model)
-    assert step(caught(policy, grpo_config())).tally.gap["sampler_gap_max"] < 1e-5
+    assert Tally.of(step(caught(policy, grpo_config()))).gap["sampler_gap_max"] < 1e-5
 
 
 @pytest.mark.parametrize("place", ["resid_pdrop", "attn_pdrop", "embd_pdrop"])
 def test_every_dropout_of_gpt2_is_turned_off(place: str) -> None:
     policy = ends_often(tiny_policy("gpt2", **{place: 0.1}))
-    assert step(caught(policy, grpo_config())).tally.gap["sampler_gap_max"] > 1e-3
+    assert Tally.of(step(caught(policy, grpo_config()))).gap["sampler_gap_max"] > 1e-3
     without_dropout(policy.model)
-    assert step(caught(policy, grpo_config())).tally.gap["sampler_gap_max"] < 1e-5
+    assert Tally.of(step(caught(policy, grpo_config()))).gap["sampler_gap_max"] < 1e-5
 
 
 def test_lora_dropout_is_turned_off() -> None:
     policy = adapted(ends_often(tiny_policy()), dropout=0.1)
-    assert step(caught(policy, grpo_config())).tally.gap["sampler_gap_max"] > 1e-3
+    assert Tally.of(step(caught(policy, grpo_config()))).gap["sampler_gap_max"] > 1e-3
     without_dropout(policy.model)
-    assert step(caught(policy, grpo_config(beta=0.1))).tally.gap["sampler_gap_max"] < 1e-5
+    assert Tally.of(step(caught(policy, grpo_config(beta=0.1)))).gap["sampler_gap_max"] < 1e-5
 
 
 @aggregations
@@ -150,7 +150,7 @@ def test_completions_that_end_at_once_are_learned_and_not_divided_by_zero(aggreg
     assert report.rollout.samples.rows.completion_len_N.tolist() == [1] * 6
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
-    assert all(math.isfinite(value) for value in report.tally.means().values())
+    assert all(math.isfinite(value) for value in Tally.of(report).means().values())
 
 
 def test_a_micro_batch_in_which_nothing_is_left_to_learn_does_no_harm() -> None:
@@ -161,7 +161,7 @@ def test_a_micro_batch_in_which_nothing_is_left_to_learn_does_no_harm() -> None:
     assert cut_off.any() and not cut_off.all()  # rows of their own in micro-batches of one
     for gradient in parts.optimizer.gradients:  # type: ignore[attr-defined]
         assert all(g.isfinite().all() for g in gradient.values()) and any(g.abs().max() > 0 for g in gradient.values())
-    assert all(math.isfinite(value) for value in report.tally.means().values())
+    assert all(math.isfinite(value) for value in Tally.of(report).means().values())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 64])
@@ -191,7 +191,7 @@ def test_the_entropy_bonus_raises_the_entropy() -> None:
     report = step(parts)
     rows = report.rollout.samples.rows
     entropy_NT = token_logprobs(policy, rows)[1]
-    assert float(entropy_NT.sum() / rows.mask_NT.sum()) > report.tally.means()["entropy"] + 1e-3
+    assert float(entropy_NT.sum() / rows.mask_NT.sum()) > Tally.of(report).means()["entropy"] + 1e-3
 
 
 # --- rewards ---
@@ -269,7 +269,7 @@ def test_a_row_that_no_reward_function_judged_is_left_out() -> None:
     report = step(caught(ends_often(tiny_policy()), config, lambda **_: values))
     assert report.rollout.reward_BG[0, 0].isnan()
     assert report.advantage_BG.tolist() == [[0, -1, 1], [-2, -2, 4]]
-    record = step_record(report, config)
+    record = step_record(report)
     assert record["reward_mean"] == 2.0 and record["rewards/reward"] == 2.0
 
 
@@ -279,7 +279,7 @@ def test_a_step_that_no_reward_function_judged_teaches_nothing_and_can_be_logged
     report = step(parts)
     (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
     assert all((g == 0).all() for g in gradient.values())
-    record = step_record(report, config)
+    record = step_record(report)
     assert math.isnan(record["reward_mean"]) and record["rewards/reward"] is None
     assert record["zero_variance_share"] == 1 and math.isnan(record["reward_std"])
 
@@ -310,7 +310,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported() -> None:
     report = step(parts)
     assert not math.isfinite(report.grad_norm)
     assert largest_difference(weights(policy), before) == 0 and parts.optimizer.lr == lr
-    assert report.tally.updates == 2  # no endless repetition in float32
+    assert Tally.of(report).updates == 2  # no endless repetition in float32
     spoil.remove()
     assert math.isfinite(step(parts).grad_norm)
     assert largest_difference(weights(policy), before) > 0 and parts.optimizer.lr < lr
@@ -338,7 +338,7 @@ def test_an_overflow_in_fp16_repeats_the_batch_with_half_the_factor() -> None:
     assert len(moves) == 1
     assert parts.optimizer.lr == pytest.approx(lr * 0.9)  # one step of ten
     assert math.isfinite(report.grad_norm)
-    means = report.tally.means()
+    means = Tally.of(report).means()
     assert means["ratio_min"] == means["ratio_max"] == 1
 
 
@@ -352,7 +352,7 @@ def train_lines(tmp_path: Path, **fields: Any) -> list[dict[str, Any]]:
     quiet = {"progress": False, "tensorboard": False, "show_every": 0, "output_dir": str(tmp_path / "run")}
     config = grpo_config(model=str(tmp_path / "model"), **(arithmetic | quiet | fields))
     config.check()
-    folder = grpo_core.train.prepare(config).run()
+    folder = grpo_core.train.run(grpo_core.job.prepare(config))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 
@@ -368,7 +368,7 @@ def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pyte
         def __init__(self, policy: Policy) -> None:
             raise AssertionError("a reference was made")
 
-    monkeypatch.setattr(grpo_core.train, "Reference", Refused)
+    monkeypatch.setattr(grpo_core.job, "Reference", Refused)
     assert train_lines(tmp_path, beta=0.0)[0]["kl"] == 0
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rewards import correctness_reward_func, numeric_reward_func, parse_number
-from sft_core.arithmetic import GAINS, LARGEST_TOTAL, LOSSES, ArithmeticStream
 from sft_core.config import TaskConfig
-from sft_core.tasks import GSM8K, Example, Task, load_heldout, load_task, read_problems
+from sft_core.text.arithmetic import GAINS, LARGEST_TOTAL, LOSSES, ArithmeticStream
+from sft_core.text.tasks import GSM8K, Example, Task, load_heldout, load_task, read_problems
 from tests.helpers import SHARED
 
 REAL_GSM8K = SHARED / "data" / "gsm8k"

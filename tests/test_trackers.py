@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sft_core.config
 from rewards.jsonl import read_jsonl
-from sft_core.progress import Progress
-from sft_core.trackers import shown
+from sft_core.run.progress import Progress
+from sft_core.run.trackers import shown
 from tests.faulty import FORKS, Action, command, dies, ended, fails, on_call
 from tests.helpers import message_of
 from tests.killing import differences, log

@@ -14,9 +14,9 @@ from pathlib import Path
 from benchmarks.browse.page import page
 from benchmarks.browse.recorded import MOST_TOKENS, read_recorded
 from rewards.terminal import Arguments
-from sft_core.checkpoint import write_text
 from sft_core.cli import run_ends, user_errors
-from sft_core.config import require
+from sft_core.errors import require
+from sft_core.run.checkpoint import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_core.readlog import read_config
+from grpo_core.doctor.readlog import read_config
 from rewards import same_number
 from rewards.jsonl import each_jsonl
 

@@ -4,7 +4,7 @@ A vocabulary of 4 or 5 tokens and a budget of at most 3 leave few enough complet
 them for each of B prompts; listing every step and weighing its loss by its probability gives the expected loss, and one
 backward pass the expected gradient, with no sampling noise. Float64 throughout.
 
-Shapes, beside those of `sft_core.rows`:
+Shapes, beside those of `sft_core.learn.rows`:
 
     C  completions that exist for a prompt        S  steps that can happen: one group for each prompt
     R  rows of all prompts' completions: B * C    N  rows of one step: B * G
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.sampling import Samples
-from grpo_core.advantages import decoupled_advantages, group_advantages
 from grpo_core.config import GRPOConfig
-from grpo_core.losses import kl_penalty, learned_rows, policy_loss, token_advantages
-from grpo_core.objective import importance_ratio, token_weights
-from sft_core.logprobs import token_logprobs
-from sft_core.policy import Policy
+from grpo_core.objective import group_advantages, importance_ratio, token_advantages, token_weights
+from grpo_core.step import kl_penalty, policy_loss
+from grpo_core.variants import decoupled_advantages, ended_rows
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy
 from sft_core.precision import pick_precision
-from sft_core.rows import Rows, pack_rows
 
 EOS = 0
 
@@ -105,6 +105,14 @@ def moved(policy: Policy, distance: float, seed: int = 1) -> Policy:
     return as_policy(model)
 
 
+def attention_of(rows: Rows) -> Tensor:
+    """attention_NL: 1 on the real tokens of prompt and completion, 0 on padding (int64, as transformers wants it)."""
+    position_L = torch.arange(rows.ids_NL.shape[1], device=rows.ids_NL.device)
+    start_N = rows.prompt_width - rows.prompt_len_N
+    end_N = rows.prompt_width + rows.completion_len_N
+    return ((position_L >= start_N[:, None]) & (position_L < end_N[:, None])).long()
+
+
 @dataclass(frozen=True)
 class World:
     """Every completion of every prompt: row b * C + c is completion c of prompt b, whose one token is the id b."""
@@ -134,7 +142,7 @@ class World:
         """logp_RTV: the whole distribution that each of a row's tokens was drawn from, differentiable."""
         T = self.mask_RT.shape[1]
         logits_RTV: Tensor = policy.model(
-            input_ids=self.rows.ids_NL, attention_mask=self.rows.attention_NL, logits_to_keep=T + 1
+            input_ids=self.rows.ids_NL, attention_mask=attention_of(self.rows), logits_to_keep=T + 1
         ).logits[:, :-1]
         return logits_RTV.log_softmax(dim=-1)
 
@@ -224,7 +232,7 @@ class Estimator:
         ref_RT = world.logp(self.reference).detach() if self.reference else logp_RT.detach()
         row_SN, chance_S = steps(old_RT.sum(dim=1).exp().view(B, -1), G)
         everything = Samples(world.rows, [], world.truncated_R, old_RT)
-        mask_RT = learned_rows(everything, self.config).mask_NT
+        mask_RT = (ended_rows(everything) if self.config.mask_truncated else world.rows).mask_NT
         logp_RT, old_RT, ref_RT = (torch.where(mask_RT, part, 0.0) for part in (logp_RT, old_RT, ref_RT))
         reward = self.reward_R[..., row_SN].view(*self.reward_R.shape[:-1], -1, B, G)
         rows = (logp_RT[row_SN], old_RT[row_SN], ref_RT[row_SN], mask_RT[row_SN], reward)
@@ -263,30 +271,6 @@ def gradient(value: Tensor, policy: Policy) -> Tensor:
 def true_gradient(world: World, policy: Policy, reward_R: Tensor) -> Tensor:
     """The gradient of the expected reward, mean over prompts: differentiated as a sum, with no score function."""
     return gradient((world.chance(policy) * reward_R).sum() / world.prompts, policy)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An expected direction against a true gradient."""
-
-    cosine: float
-    size: float  # its length over the true gradient's
-    rest: float  # the share of its length that lies across the true gradient: what no learning rate repairs
-
-
-def compare(direction: Tensor, truth: Tensor) -> Comparison:
-    """Cosine 0 and rest 0 for a direction of length 0."""
-    length, true_length = direction.norm(), truth.norm()
-    if length <= 1e-12 * true_length:
-        return Comparison(0.0, 0.0, 0.0)
-    across = direction - (direction @ truth) / true_length**2 * truth
-    return Comparison(
-        float(direction @ truth / (length * true_length)), float(length / true_length), float(across.norm() / length)
-    )
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return float((value - truth).norm() / truth.norm())
 
 
 def contains(world: World, token: int) -> Tensor:

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.exact.comparison import relative_error
 from benchmarks.exact.enumeration import (
     Estimator,
     World,
     arbitrary_rewards,
     gradient,
     moved,
-    relative_error,
     settings,
     table_policy,
     true_gradient,
     world,
 )
 from benchmarks.exact.table import AGGREGATIONS, COMPARED, Cell, Table, compared, language
-from grpo_core.objective import LOSSES, k3_kl
-from sft_core.policy import Policy
+from grpo_core.config import LOSSES
+from grpo_core.objective import k3_kl
+from sft_core.model.policy import Policy
 
 DISTANCES = (0.1, 0.5)  # noise on the logits between the policy that sampled and the one that learns
 

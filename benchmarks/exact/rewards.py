@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks.exact.comparison import compare
 from benchmarks.exact.enumeration import (
     Estimator,
     TableModel,
     World,
     arbitrary_rewards,
     as_policy,
-    compare,
     contains,
     gpt2_policy,
     gradient,
@@ -21,7 +21,7 @@ from benchmarks.exact.enumeration import (
     world,
 )
 from benchmarks.exact.table import AGGREGATIONS, COMPARED, WORD, Cell, Table, compared, language
-from sft_core.policy import Policy
+from sft_core.model.policy import Policy
 
 SHARES = (0.02, 0.5, 0.9)  # right answers to a hard, a middling and an easy prompt
 

@@ -7,10 +7,11 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from benchmarks.exact.enumeration import World, compare, table_policy, world
-from grpo_core.objective import Aggregation
+from benchmarks.exact.comparison import compare
+from benchmarks.exact.enumeration import World, table_policy, world
+from grpo_core.config import Aggregation
 from rewards.tables import markdown
-from sft_core.policy import Policy
+from sft_core.model.policy import Policy
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("sequence_sum", "constant_length", "sequence_mean", "token_mean")
 COMPARED = ("what is averaged", "compared with the gradient of", "predicted size", "size", "cosine", "rest")

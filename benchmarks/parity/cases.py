@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_core.objective import LOSSES
-from sft_core.tiny import build_tokenizer
+from grpo_core.config import LOSSES
+from sft_core.model.tiny import build_tokenizer
 
 Family = Literal["qwen2", "gpt2"]  # rotary positions, and learned absolute ones
 FAMILIES: tuple[Family, ...] = ("qwen2", "gpt2")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.cases import Case, Trace
-from grpo_core.objective import LOSSES
+from grpo_core.config import LOSSES
 
 # Stage -> the largest difference allowed: absolute, but relative for losses and metrics above 1, and for gradients
 # (see `relative`).

@@ -19,8 +19,8 @@ from benchmarks.parity.cases import BUDGET, Case, Trace, equal_rewards
 from benchmarks.parity.compare import relative
 from grpo_core.objective import token_weights
 from rewards.tables import markdown
-from sft_core.policy import load_policy
-from sft_core.source import find_source
+from sft_core.model.policy import load_policy
+from sft_core.model.source import find_source
 
 
 @dataclass(frozen=True)

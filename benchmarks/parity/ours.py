@@ -23,17 +23,17 @@ from benchmarks.parity.cases import (
     model_folder,
     rewards,
 )
-from eval.sampling import Samples, decode
+from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
 from grpo_core.reference import Reference
 from grpo_core.step import Learner, grpo_step
 from rewards import Reward
-from sft_core.optim import Optimizer
-from sft_core.policy import Policy, load_policy, without_dropout
-from sft_core.rows import pack_rows
-from sft_core.source import find_source
-from sft_core.tasks import Example
+from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import pack_rows
+from sft_core.model.policy import Policy, load_policy, without_dropout
+from sft_core.model.source import find_source
+from sft_core.text.tasks import Example
 
 
 def configuration(case: Case, folder: Path) -> GRPOConfig:
@@ -149,7 +149,7 @@ def run(
         with noted_step(trace, config.mu):
             report = grpo_step(learner, [Example("", "", "")] * PROMPTS_PER_STEP)
         trace.advantage.append(report.advantage_BG.flatten().float())
-        trace.metrics.append(step_record(report, config))
+        trace.metrics.append(step_record(report))
     return trace
 
 
@@ -162,4 +162,5 @@ def as_samples(policy: Policy, rollout: list[Row]) -> Samples:
     """The rollout as if it had been sampled here, by a sampler whose log-probabilities are not compared."""
     rows = pack_rows([prompt for prompt, _ in rollout], [completion for _, completion in rollout], policy.pad_id)
     truncated_N = torch.tensor([completion[-1] not in policy.eos_ids for _, completion in rollout])
-    return Samples(rows, decode(policy, rows), truncated_N, torch.zeros_like(rows.mask_NT, dtype=torch.float32))
+    texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
+    return Samples(rows, texts, truncated_N, torch.zeros_like(rows.mask_NT, dtype=torch.float32))

@@ -15,10 +15,10 @@ from pathlib import Path
 from benchmarks.plots.lines import by_settings, one_by_one, read_runs
 from benchmarks.plots.panels import SHEETS, panels
 from benchmarks.plots.summary import seeds, summary
-from grpo_core.readlog import Run
+from grpo_core.doctor.readlog import Run
 from rewards.terminal import Arguments
-from sft_core.checkpoint import not_saved
 from sft_core.cli import run_ends, user_errors
+from sft_core.run.checkpoint import not_saved
 
 TITLES = {
     "losses": "losses and the optimizer",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_core.readlog import Run, read_run
+from grpo_core.doctor.readlog import Run, read_run
 from sft_core.config import FREE_ON_RESUME
 
 # A quantity of a log line; None where the line has no such field.

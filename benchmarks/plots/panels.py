@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.plots.lines import Panel, Value, logged
-from grpo_core.readlog import Run
+from grpo_core.doctor.readlog import Run
 
 # A step's parts, which add up to it, and the fields that they are logged in.
 PARTS = {

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks.plots.lines import Line
 from benchmarks.plots.panels import PARTS
-from grpo_core.readlog import Run
+from grpo_core.doctor.readlog import Run
 
 
 def summary(run: Run) -> str:

@@ -36,7 +36,7 @@ class Pairs:
 
 def alternate(config: GRPOConfig, steps: int, warm_up: int, same_allocator: bool) -> Pairs:
     """`warm_up + steps` steps of each side, in turn; which goes first changes from pair to pair. `same_allocator`:
-    TRL's process keeps its freed memory, too (sft_core/allocator.py)."""
+    TRL's process keeps its freed memory, too (sft_core/model/allocator.py)."""
     from benchmarks.speed import ours, theirs
 
     threads = torch.get_num_threads()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
-from grpo_core.memory import GB
+from grpo_core.memory.forecast import GB
 from rewards.tables import markdown
-from sft_core.provenance import provenance, shown_flags
+from sft_core.run.provenance import provenance, shown_flags
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the mean reward
 WINDOW = 5  # steps that a reward is averaged over before it is compared with a level

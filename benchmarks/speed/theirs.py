@@ -18,12 +18,13 @@ from benchmarks.memory import peak_bytes
 from benchmarks.parity.theirs import arguments
 from grpo_core import train
 from grpo_core.config import GRPOConfig
+from grpo_core.job import prepare
 from rewards import score
-from sft_core.allocator import keep_freed_memory
-from sft_core.clock import now
-from sft_core.policy import load_tokenizer
+from sft_core.learn.clock import now
+from sft_core.model.allocator import keep_freed_memory
+from sft_core.model.policy import load_tokenizer
 from sft_core.precision import pick_device, pick_precision
-from sft_core.prompts import prompt_messages
+from sft_core.text.prompts import prompt_messages
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
@@ -51,7 +52,7 @@ def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocat
     torch.set_num_threads(threads)
     if same_allocator:
         keep_freed_memory()
-    job = train.prepare(config)
+    job = prepare(config)
     device = pick_device(config.device)
     turns = Turns(connection, device)
     rows = config.prompts_per_step * config.group_size

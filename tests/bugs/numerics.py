@@ -12,7 +12,7 @@ BUGS = [
     Mutation(
         8,
         "equal rewards are left to epsilon",
-        "grpo_core/advantages.py",
+        "grpo_core/objective.py",
         "    centered_BG = torch.where(zero_spread(reward_BG)[:, None], 0.0, centered_BG)\n",
         "",
         "The rounded mean of twelve 0.01s is not 0.01, and the quotient of two rounding errors is anything: with an "
@@ -22,7 +22,7 @@ BUGS = [
     Mutation(
         8,
         "equality decided by a spread of 0",
-        "grpo_core/advantages.py",
+        "grpo_core/objective.py",
         "return highest_B <= lowest_B",
         "return ~(nan_std(reward_BG).squeeze(1) > 0)",
         "Rounding makes the spread of equal rewards a little more than 0: dynamic sampling keeps such groups and the "
@@ -32,7 +32,7 @@ BUGS = [
     Mutation(
         9,
         "the spread over G",
-        "grpo_core/advantages.py",
+        "grpo_core/objective.py",
         "freedom = (known.sum(dim=1, keepdim=True) - 1).clamp(min=0)",
         "freedom = known.sum(dim=1, keepdim=True)",
         "numpy's default; torch's and TRL's is over G - 1. Every advantage is larger by sqrt(G / (G - 1)): 7% at 8.",
@@ -50,7 +50,7 @@ BUGS = [
     Mutation(
         14,
         "gradients clipped before they are unscaled",
-        "sft_core/optim.py",
+        "sft_core/learn/optim.py",
         "        self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient\n"
         "        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()\n",
         "        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()\n"
@@ -61,7 +61,7 @@ BUGS = [
     Mutation(
         14,
         "a skipped step moves the schedule",
-        "sft_core/optim.py",
+        "sft_core/learn/optim.py",
         "            (self.offloaded or self.adamw).step()\n            self.schedule.step()\n",
         "            (self.offloaded or self.adamw).step()\n        self.schedule.step()\n",
         "Every overflow, and fp16 begins with several, takes a step of the learning rate with it.",
@@ -70,7 +70,7 @@ BUGS = [
     Mutation(
         14,
         "log-softmax in half precision",
-        "sft_core/logprobs.py",
+        "sft_core/learn/logprobs.py",
         "        logits = logits.to(policy.logp_dtype)\n",
         "",
         "fp16 log-probabilities are 0.005 off, bf16 ones more; ratios and KL are made of their differences.",
@@ -79,7 +79,7 @@ BUGS = [
     Mutation(
         15,
         "chunks without recomputing",
-        "sft_core/logprobs.py",
+        "sft_core/learn/logprobs.py",
         "checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)",
         "of_chunk(*chunk)",
         "The logits of all chunks are kept for the backward pass: 608 KB a token with Qwen2.5's vocabulary, several "
@@ -89,7 +89,7 @@ BUGS = [
     Mutation(
         14,
         "weights in half precision under a GradScaler",
-        "sft_core/policy.py",
+        "sft_core/model/policy.py",
         "_whole_model(source.base, dtype=torch.float32,",
         "_whole_model(source.base, dtype=torch.float16 if config.precision == 'fp16' else torch.float32,",
         "fp16 gradients cannot be unscaled (PyTorch refuses), and steps smaller than fp16's spacing would be lost.",
@@ -98,7 +98,7 @@ BUGS = [
     Mutation(
         14,
         "an overflow's batch is not learned again",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "again = not finite and 1 <= self.scaler.get_scale() < scale",
         "again = False",
         "While the scaler searches for its factor, whole batches of samples are paid for and thrown away.",
@@ -127,7 +127,7 @@ BUGS = [
     Mutation(
         26,
         "a NaN gradient is stepped on",
-        "sft_core/optim.py",
+        "sft_core/learn/optim.py",
         "        if finite:\n            # Not",
         "        if True:\n            # Not",
         "One bad batch makes every weight NaN, and the run goes on to its end with them.",
@@ -136,7 +136,7 @@ BUGS = [
     Mutation(
         26,
         "skipped steps are not counted",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "            self.skipped += 1\n",
         "",
         "The log of a run that skips half its steps looks like that of a healthy one.",
@@ -145,7 +145,7 @@ BUGS = [
     Mutation(
         26,
         "a lost run goes on",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "            self.skipped_in_a_row += 1\n",
         "",
         "Where every gradient is NaN the weights are at fault, and the rest of the run's hours are for nothing.",
@@ -154,7 +154,7 @@ BUGS = [
     Mutation(
         26,
         "bad steps need not be in a row",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "            self.skipped_in_a_row = 0\n",
         "            pass\n",
         "Five harmless skips, spread over a week's run, end it.",
@@ -163,7 +163,7 @@ BUGS = [
     Mutation(
         26,
         "a loss that is not finite goes unseen where its gradient is",
-        "sft_core/optim.py",
+        "sft_core/learn/optim.py",
         "finite = math.isfinite(grad_norm) and math.isfinite(self.loss)\n",
         "finite = math.isfinite(grad_norm)\n",
         "The step is taken by whatever part of the loss had a gradient, and the log shows a hole.",
@@ -172,7 +172,7 @@ BUGS = [
     Mutation(
         26,
         "rows are blamed for their neighbours",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "for at, row in rows.micro_batches(1):",
         "for at, row in rows.micro_batches(self.micro_batch):",
         "Where one row of a packed group is NaN all are, so the message sends people to rows that are sound, or to the "
@@ -182,7 +182,7 @@ BUGS = [
     Mutation(
         26,
         "the search for the rows leaves its gradient",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "                found.append(at.start)\n            self._forget()\n",
         "                found.append(at.start)\n",
         "The next batch's gradient is added to the lost rows' NaN: one bad batch ends the run.",
@@ -191,7 +191,7 @@ BUGS = [
     Mutation(
         26,
         "a reference that has lost a row loses its group",
-        "sft_core/logprobs.py",
+        "sft_core/learn/scored.py",
         "    if micro_batch > 1 and not logp_NT.isfinite().all():\n",
         "    if False:\n",
         "Completions are scored side by side behind their prompt, and a NaN in one reaches the others through the "
@@ -201,7 +201,7 @@ BUGS = [
     Mutation(
         26,
         "NaN logits stop the sampler",
-        "eval/generation.py",
+        "eval/sampling.py",
         "        if lost_N.any():\n",
         "        if False:\n",
         "torch.multinomial raises, on a GPU with an assertion that takes the process's CUDA context along: nothing is "
@@ -211,7 +211,7 @@ BUGS = [
     Mutation(
         26,
         "a hopeless batch is learned again for ever",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "again = not finite and 1 <= self.scaler.get_scale() < scale",
         "again = not finite and self.scaler.is_enabled()",
         "A gradient that is infinite at any factor is asked for until the end of time.",

@@ -68,7 +68,7 @@ BUGS = [
     Mutation(
         27,
         "SAPO's temperatures swapped",
-        "grpo_core/losses.py",
+        "grpo_core/variants.py",
         "sapo(ratio, advantage_NT, config.sapo_temperature_pos, config.sapo_temperature_neg)",
         "sapo(ratio, advantage_NT, config.sapo_temperature_neg, config.sapo_temperature_pos)",
         "The gate that should close sooner, on tokens to be made rarer, closes later. With 1 and 1.05 no curve shows "
@@ -105,7 +105,7 @@ BUGS = [
     Mutation(
         27,
         "VESPO's constants swapped",
-        "grpo_core/losses.py",
+        "grpo_core/variants.py",
         "vespo(logp_NT, old_logp_NT, advantage_NT, positive, negative)",
         "vespo(logp_NT, old_logp_NT, advantage_NT, negative, positive)",
         "Good and bad completions are damped by each other's curve; both are 1 at W = 1, so the first update is right.",
@@ -142,7 +142,7 @@ BUGS = [
     Mutation(
         28,
         "LUSPO without the lengths",
-        "grpo_core/objective.py",
+        "grpo_core/config.py",
         """"luspo": Loss("sequence", "clip", "sequence_sum"),""",
         """"luspo": Loss("sequence", "clip", "sequence_mean"),""",
         "Which is GSPO again, under another name.",
@@ -161,9 +161,9 @@ BUGS = [
     Mutation(
         29,
         "the corrected KL's ratio without a gradient",
-        "grpo_core/losses.py",
-        "return kl_NT * ratio if config.kl_correction else kl_NT",
-        "return kl_NT * ratio.detach() if config.kl_correction else kl_NT",
+        "grpo_core/variants.py",
+        "return kl_NT * ratio\n",
+        "return kl_NT * ratio.detach()\n",
         "On-policy the ratio is 1, so its gradient is all that the correction adds: nothing is left of it.",
         (f"{LOSSES}test_the_kl_is_k3_and_its_correction_the_ratio_with_its_gradient",),
     ),
@@ -198,7 +198,7 @@ BUGS = [
     Mutation(
         30,
         "the new group keeps the old rewards",
-        "grpo_core/rollout.py",
+        "grpo_core/dynamic.py",
         "torch.cat([rollout.reward_BG, fresh.reward_BG])[source_B],",
         "rollout.reward_BG,",
         "The replaced group's rewards were equal, so its advantages are 0: the new samples are paid for and teach "
@@ -208,7 +208,7 @@ BUGS = [
     Mutation(
         30,
         "the new group keeps the old question",
-        "grpo_core/rollout.py",
+        "grpo_core/dynamic.py",
         "[examples[group] for group in source_B.tolist()],",
         "list(rollout.examples),",
         "The records name a question that was not asked, and accuracy is measured against its gold.",
@@ -217,7 +217,7 @@ BUGS = [
     Mutation(
         30,
         "the new group keeps the old scores",
-        "grpo_core/rollout.py",
+        "grpo_core/dynamic.py",
         "rollout.scores.followed_by(fresh.scores).reordered(rows),",
         "rollout.scores,",
         "Each reward function's log, and GDPO's advantages, are those of the group that was thrown away.",
@@ -226,28 +226,29 @@ BUGS = [
     Mutation(
         30,
         "the groups that do teach are replaced",
-        "grpo_core/rollout.py",
-        "        equal_B = rollout.equal_groups(learner.config)\n        if not equal_B.any():\n",
-        "        equal_B = ~rollout.equal_groups(learner.config)\n        if not equal_B.any():\n",
+        "grpo_core/dynamic.py",
+        "            equal_B = equal_groups(rollout, learner.config)\n            if not equal_B.any():\n",
+        "            equal_B = ~equal_groups(rollout, learner.config)\n            if not equal_B.any():\n",
         "Good groups are thrown away until none is left.",
         (f"{ROLLOUT}test_groups_of_equal_rewards_are_replaced_in_their_place_by_those_of_further_prompts",),
     ),
     Mutation(
         31,
         "truncated and ended mixed up",
-        "grpo_core/losses.py",
+        "grpo_core/variants.py",
         "samples.rows.without_completions(samples.truncated_N)",
         "samples.rows.without_completions(~samples.truncated_N)",
         "The model learns from nothing but the completions that it could not finish.",
-        (f"{LOSSES}test_truncated_rows_lose_their_completion_only_where_asked",),
+        (f"{LOSSES}test_truncated_rows_lose_their_completion",),
     ),
     Mutation(
         31,
         "tokens left out still count in the mean",
         "grpo_core/step.py",
-        "    rows = learned_rows(rollout.samples, config)\n    kept_NT = kept_tokens(policy, rows, config)\n",
+        "    rows = variants.ended_rows(rollout.samples) if config.mask_truncated else rollout.samples.rows\n"
+        "    kept_NT = variants.kept_tokens(policy, rows, config) if config.top_entropy < 1 else rows.mask_NT\n",
         "    rows = rollout.samples.rows\n"
-        "    kept_NT = kept_tokens(policy, learned_rows(rollout.samples, config), config)\n",
+        "    kept_NT = variants.ended_rows(rollout.samples).mask_NT if config.mask_truncated else rows.mask_NT\n",
         "Their advantage is 0 but not their weight: the more completions are cut off, the smaller the gradient of the "
         "others, and a KL penalty still acts on what was to be left alone.",
         (f"{STEP}test_completions_that_were_cut_off_count_in_no_mean_over_tokens",),
@@ -291,7 +292,7 @@ BUGS = [
     Mutation(
         31,
         "an entropy bonus without a gradient",
-        "sft_core/logprobs.py",
+        "sft_core/learn/logprobs.py",
         """torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient")""",
         """torch.no_grad()""",
         "The loss changes, the gradient does not: the option does nothing, and its curve in the log looks as if it "
@@ -301,16 +302,16 @@ BUGS = [
     Mutation(
         32,
         "GDPO without normalising each function",
-        "grpo_core/advantages.py",
+        "grpo_core/variants.py",
         "score_KBG = group_advantages(value_KBG.reshape(K * B, G)).view(K, B, G) * weight_K[:, None, None]",
         "score_KBG = value_KBG.nan_to_num(0.0) * weight_K[:, None, None]",
         "The function with the largest spread drowns the others, which is what normalising first is for.",
-        ("grpo_core/advantages.py::grpo_core.advantages.decoupled_advantages",),
+        ("grpo_core/variants.py::grpo_core.variants.decoupled_advantages",),
     ),
     Mutation(
         32,
         "GDPO without its weights",
-        "grpo_core/advantages.py",
+        "grpo_core/variants.py",
         ".view(K, B, G) * weight_K[:, None, None]",
         ".view(K, B, G)",
         "--reward_weights is taken and ignored.",
@@ -328,7 +329,7 @@ BUGS = [
     Mutation(
         32,
         "a row without any opinion joins its group's mean",
-        "grpo_core/advantages.py",
+        "grpo_core/objective.py",
         "centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)",
         "centered_BG = reward_BG - reward_BG.nan_to_num(0.0).mean(dim=1, keepdim=True)",
         "The baseline sinks, and the advantages of the others no longer sum to 0.",

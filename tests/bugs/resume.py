@@ -21,7 +21,7 @@ BUGS = [
     Mutation(
         22,
         "the last step is taken twice",
-        "sft_core/clock.py",
+        "sft_core/learn/clock.py",
         "range(done + 1, steps + 1)",
         "range(max(done, 1), steps + 1)",
         "Its weights are in the checkpoint already: one step too many, on the next step's problems, under its number.",
@@ -30,7 +30,7 @@ BUGS = [
     Mutation(
         22,
         "random states begin anew",
-        "sft_core/progress.py",
+        "sft_core/run/progress.py",
         """        set_random_state(state["random"])
 """,
         "",
@@ -40,7 +40,7 @@ BUGS = [
     Mutation(
         22,
         "a reward function's random numbers begin anew",
-        "sft_core/checkpoint.py",
+        "sft_core/run/checkpoint.py",
         """    random.setstate((version, tuple(words), gauss))
 """,
         "",
@@ -50,7 +50,7 @@ BUGS = [
     Mutation(
         22,
         "AdamW without its moments",
-        "sft_core/optim.py",
+        "sft_core/learn/moments.py",
         """            if f"{i}.step" in tensors:
 """,
         """            if False:
@@ -62,7 +62,7 @@ BUGS = [
     Mutation(
         22,
         "the schedule's state without its rate",
-        "sft_core/optim.py",
+        "sft_core/learn/moments.py",
         """            group["lr"] = lr
 """,
         """            pass
@@ -74,7 +74,7 @@ BUGS = [
     Mutation(
         22,
         "the scaler begins anew",
-        "sft_core/optim.py",
+        "sft_core/learn/moments.py",
         """        self.scaler.load_state_dict(numbers["scaler"])
 """,
         "",
@@ -95,7 +95,7 @@ BUGS = [
     Mutation(
         22,
         "log lines twice",
-        "sft_core/runlog.py",
+        "sft_core/run/runlog.py",
         """        os.truncate(log, size)
 """,
         """        pass

@@ -12,9 +12,9 @@ BUGS = [
     Mutation(
         3,
         "lengths by comparing with the padding id",
-        "sft_core/rows.py",
-        "completion_len_N=torch.tensor([len(c) for c in completions]),",
-        "completion_len_N=(completion_NT != pad_id).sum(dim=1),",
+        "sft_core/learn/rows.py",
+        "torch.tensor([len(c) for c in completions])",
+        "(completion_NT != pad_id).sum(dim=1)",
         "Most tokenizers pad with the very token that ends a sequence, so the token that says 'stop' is masked as "
         "padding, and the model never learns to stop.",
         (
@@ -54,7 +54,7 @@ BUGS = [
     Mutation(
         3,
         "demonstrations without a stop token",
-        "sft_core/prompts.py",
+        "sft_core/text/prompts.py",
         """return [*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id]""",
         """return list(tokenizer(text, add_special_tokens=False)["input_ids"])""",
         "SFT teaches no end, so every GRPO sample runs into the budget.",
@@ -63,7 +63,7 @@ BUGS = [
     Mutation(
         4,
         "completions that share a prompt see one another",
-        "sft_core/packing.py",
+        "sft_core/learn/logprobs.py",
         "(causal & ((key == 0) | (key == query)))",
         "(causal & (key >= 0))",
         "Each completion is scored as if the ones packed before it had been said: what is learned is far from what was "
@@ -73,9 +73,9 @@ BUGS = [
     Mutation(
         4,
         "positions go on counting through the group",
-        "sft_core/packing.py",
-        "position_RL[row, at:end] = torch.arange(len(prompt), len(prompt) + len(completion))",
-        "position_RL[row, at:end] = torch.arange(at, end)",
+        "sft_core/learn/logprobs.py",
+        "positions.append([*range(P), *(P + t for completion in completions for t in range(len(completion)))])",
+        "positions.append([*range(len(ids[-1]))])",
         "Every completion but the first seems to stand far behind its prompt: right for the first row of a group, "
         "wrong for the others.",
         (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
@@ -83,9 +83,9 @@ BUGS = [
     Mutation(
         4,
         "the sampler leaves the attention mask out",
-        "eval/generation.py",
-        "ids, attention = prompt_NP, attention_NP",
-        "ids, attention = prompt_NP, torch.ones_like(attention_NP)",
+        "eval/sampling.py",
+        "torch.arange(N, device=device), prompt_NP, attention_NP\n",
+        "torch.arange(N, device=device), prompt_NP, torch.ones_like(attention_NP)\n",
         "Samples are drawn from a policy that reads padding, and are learned under one that does not.",
         (f"{SAMPLING}test_greedy_tokens_are_the_likeliest_whatever_the_padding",),
     ),
@@ -101,7 +101,7 @@ BUGS = [
     Mutation(
         5,
         "the mean is subtracted in place",
-        "grpo_core/advantages.py",
+        "grpo_core/objective.py",
         "centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)",
         "centered_BG = reward_BG.sub_(reward_BG.nanmean(dim=1, keepdim=True))",
         "The rewards themselves are now centered: the log shows a mean reward of 0 whatever happens.",
@@ -110,7 +110,7 @@ BUGS = [
     Mutation(
         5,
         "rows left out by zeroing their lengths in place",
-        "sft_core/rows.py",
+        "sft_core/learn/rows.py",
         "return replace(self, completion_len_N=torch.where(left_out_N, 0, self.completion_len_N))",
         "return replace(self, completion_len_N=self.completion_len_N.masked_fill_(left_out_N, 0))",
         "The samples' own lengths change with the learner's: every later count (mean length, tokens, the records on "
@@ -140,7 +140,7 @@ BUGS = [
     Mutation(
         10,
         "the last, smaller micro-batch is dropped",
-        "sft_core/rows.py",
+        "sft_core/learn/rows.py",
         "for start in range(0, len(self), size):",
         "for start in range(0, len(self) - size + 1, size):",
         "Where the size does not divide the batch, some completions are sampled and paid for but never learned.",
@@ -149,7 +149,7 @@ BUGS = [
     Mutation(
         10,
         "gradients are not cleared",
-        "sft_core/optim.py",
+        "sft_core/learn/optim.py",
         "        self.scaler.update()\n        self._forget()\n",
         "        self.scaler.update()\n",
         "Each step goes down the sum of all gradients so far.",
@@ -158,7 +158,7 @@ BUGS = [
     Mutation(
         11,
         "prompts tiled instead of interleaved",
-        "grpo_core/rollout.py",
+        "grpo_core/step.py",
         "[prompt for prompt in prompts for _ in range(config.group_size)]",
         "prompts * config.group_size",
         "Row 1 answers question 2 and is judged by question 1's gold: rewards are noise, and the loss looks normal.",
@@ -167,7 +167,7 @@ BUGS = [
     Mutation(
         11,
         "golds tiled instead of interleaved",
-        "grpo_core/rollout.py",
+        "grpo_core/step.py",
         "repeated = [example for example in examples for _ in range(config.group_size)]",
         "repeated = list(examples) * config.group_size",
         "The same from the other side.",
@@ -176,7 +176,7 @@ BUGS = [
     Mutation(
         11,
         "rewards folded into groups the wrong way",
-        "grpo_core/rollout.py",
+        "grpo_core/step.py",
         "torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)",
         "torch.tensor(scores.total, dtype=torch.float64).view(config.group_size, len(examples)).T",
         "Each completion is compared with the answers to other questions, and advantages land on the wrong rows.",
@@ -185,7 +185,7 @@ BUGS = [
     Mutation(
         12,
         "padding has a log-probability",
-        "sft_core/logprobs.py",
+        "sft_core/learn/logprobs.py",
         "return nothing_NT.masked_scatter(mask_NT, logp_M), ",
         "return (nothing_NT - 100).masked_scatter(mask_NT, logp_M), ",
         "The ratio of a padding token is exp of anything. Once that overflows, its weight of 0 times inf is NaN.",
@@ -221,7 +221,7 @@ BUGS = [
     Mutation(
         13,
         "a micro-batch without any token",
-        "sft_core/rows.py",
+        "sft_core/learn/rows.py",
         "max(1, int(completion_len_N.max()))",
         "int(completion_len_N.max())",
         "Its matrix has no columns, and the first minimum over it ends the run.",

@@ -11,7 +11,7 @@ BUGS = [
     Mutation(
         6,
         "the learner ignores the temperature",
-        "sft_core/logprobs.py",
+        "sft_core/learn/logprobs.py",
         "logits = logits / temperature",
         "logits = logits / 1.0",
         "Tokens are drawn from one distribution and learned under another: the gradient is not that of the expected "
@@ -30,7 +30,7 @@ BUGS = [
     Mutation(
         6,
         "the recorder ignores the temperature",
-        "eval/generation.py",
+        "eval/sampling.py",
         "self.pending = scores.float() / self.temperature",
         "self.pending = scores.float()",
         "The sampler's log-probabilities are not those of its draws, so the comparison that would find the two bugs "
@@ -41,8 +41,8 @@ BUGS = [
         6,
         "transformers' own top-k of 50",
         "eval/sampling.py",
-        "config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)",
-        "config.update(temperature=sampling.temperature, top_k=sampling.top_k or 50, top_p=sampling.top_p)",
+        "temperature=sampling.temperature, top_k=sampling.top_k, ",
+        "temperature=sampling.temperature, top_k=sampling.top_k or 50, ",
         "What `generate` does unless told otherwise in many releases: everything but the 50 likeliest tokens is cut "
         "off, while the learner scores the uncut distribution.",
         (f"{SAMPLING}test_tokens_are_drawn_from_the_whole_vocabulary",),
@@ -50,7 +50,7 @@ BUGS = [
     Mutation(
         7,
         "dropout on in the learner",
-        "grpo_core/train.py",
+        "grpo_core/job.py",
         "        without_dropout(policy.model)\n",
         "",
         "The sampler has no dropout and the learner has: the ratio starts anywhere but at 1, and clipping acts on "
@@ -60,7 +60,7 @@ BUGS = [
     Mutation(
         7,
         "attention's dropout forgotten",
-        "sft_core/policy.py",
+        "sft_core/model/policy.py",
         """            if "dropout" in name and isinstance(value, float):""",
         """            if "dropout" in name and isinstance(value, float) and "attention" not in name:""",
         "Attention layers keep their dropout as a plain number, not as a module; a loop over `nn.Dropout` misses it.",
@@ -88,9 +88,9 @@ BUGS = [
     Mutation(
         7,
         "autocast in the learner alone",
-        "eval/generation.py",
-        "_ready_to_generate(model), policy.precision.autocast():",
-        "_ready_to_generate(model):",
+        "eval/sampling.py",
+        "        _ready_to_generate(model),\n        policy.precision.autocast(),\n",
+        "        _ready_to_generate(model),\n",
         "The sampler runs in float32 and the learner in half precision: two slightly different policies, and "
         "generation at a fraction of the speed.",
         (f"{SAMPLING}test_the_sampler_computes_in_the_learners_precision",),
@@ -98,7 +98,7 @@ BUGS = [
     Mutation(
         16,
         "checkpointing stays on while generating",
-        "eval/generation.py",
+        "eval/sampling.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    for module in model.modules():\n"
         "        if isinstance(module, torch.nn.Dropout):\n"
@@ -113,8 +113,8 @@ BUGS = [
         16,
         "use_cache is off",
         "eval/sampling.py",
-        "        do_sample=not greedy,\n",
-        "        do_sample=not greedy,\n        use_cache=False,\n",
+        "GenerationConfig(max_new_tokens=",
+        "GenerationConfig(use_cache=False, max_new_tokens=",
         "Training code sets it against a warning; left so, every token recomputes the whole prefix. Nothing is wrong "
         "but the time, which is quadratic.",
         (f"{SAMPLING}test_gradient_checkpointing_leaves_the_cache_on",),
@@ -127,8 +127,7 @@ BUGS = [
         "    for update in range(config.mu):\n"
         "        if update:\n"
         "            rollout = sample_and_score(learner, examples, clock)\n"
-        "            rows = learned_rows(rollout.samples, config)\n"
-        "            kept_NT = kept_tokens(policy, rows, config)\n"
+        "            rows, kept_NT = rollout.samples.rows, rollout.samples.rows.mask_NT\n"
         "            advantage_BG = advantages(rollout, config)\n"
         "            advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)\n"
         "            weight_NT = token_weights(rows.mask_NT, config.objective.aggregation, "
@@ -175,7 +174,7 @@ BUGS = [
     Mutation(
         24,
         "sampling in train mode",
-        "eval/generation.py",
+        "eval/sampling.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    model.generation_config = GenerationConfig()\n",
         "With dropout, each token is drawn from another random thinning of the policy.",
@@ -184,7 +183,7 @@ BUGS = [
     Mutation(
         24,
         "the mode is not put back",
-        "eval/generation.py",
+        "eval/sampling.py",
         "        model.train(was_training)\n",
         "        model.eval()\n",
         "After the first sampling the learner is in eval mode: gradient checkpointing silently stops, and memory runs "
@@ -194,7 +193,7 @@ BUGS = [
     Mutation(
         25,
         "the model's generation settings are inherited",
-        "eval/generation.py",
+        "eval/sampling.py",
         "    model.generation_config = GenerationConfig()\n    try:",
         "    try:",
         "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "

@@ -15,7 +15,7 @@ BUGS = [
     Mutation(
         33,
         "every row continues the first prompt",
-        "eval/generation.py",
+        "eval/sampling.py",
         "    begins[first[1:]] = 1\n",
         "",
         "All rows get the first prompt's keys and values: each answers a question that it was not asked, and is "
@@ -25,7 +25,7 @@ BUGS = [
     Mutation(
         33,
         "a prompt that comes back is taken for the one before",
-        "eval/generation.py",
+        "eval/sampling.py",
         "row == 0 or prompts[row] != prompts[row - 1]]",
         "prompts.index(prompts[row]) == row]",
         "Each prompt is read where it is first seen, and the rows after that belong to it until a new one begins: with "
@@ -35,7 +35,7 @@ BUGS = [
     Mutation(
         33,
         "positions by column in the prefill",
-        "eval/generation.py",
+        "eval/sampling.py",
         "        position_ids=(attention_RP.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],\n",
         "        position_ids=torch.arange(prompt_NP.shape[1] - 1, device=prompt_NP.device).expand(len(first), -1),\n",
         "Left padding shifts the shorter prompts, while `generate` counts their next token from the mask: the last "
@@ -45,7 +45,7 @@ BUGS = [
     Mutation(
         33,
         "the prefill attends to padding",
-        "eval/generation.py",
+        "eval/sampling.py",
         "        attention_mask=attention_RP[:, :-1],\n",
         "",
         "Masked later on, but the prompt's own keys and values were computed with the padding in view.",
@@ -54,7 +54,7 @@ BUGS = [
     Mutation(
         33,
         "the prompt's last token is in the cache already",
-        "eval/generation.py",
+        "eval/sampling.py",
         """        input_ids=prompt_NP[first, :-1],
         attention_mask=attention_RP[:, :-1],
         position_ids=(attention_RP.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],
@@ -69,7 +69,7 @@ BUGS = [
     Mutation(
         33,
         "the cache keeps the first rows instead of the going ones",
-        "eval/generation.py",
+        "eval/sampling.py",
         "cache.batch_select_indices(going)",
         "cache.batch_select_indices(torch.arange(len(going), device=device))",
         "After the first completion has ended, rows go on with another row's past. Every shape fits, and the text is "
@@ -79,9 +79,9 @@ BUGS = [
     Mutation(
         33,
         "the mask keeps the first rows instead of the going ones",
-        "eval/generation.py",
-        "_grown(attention[going], P + end)",
-        "_grown(attention[: len(going)], P + end)",
+        "eval/sampling.py",
+        "pad(attention[going], (0,",
+        "pad(attention[: len(going)], (0,",
         "Rows see another prompt's padding, or lose the beginning of their own; with prompts of one length nothing "
         "shows.",
         (RECORDED,),
@@ -89,7 +89,7 @@ BUGS = [
     Mutation(
         33,
         "what is drawn after others left is written to the first rows",
-        "eval/generation.py",
+        "eval/sampling.py",
         "width = alive[going], longer",
         "width = torch.arange(len(going), device=device), longer",
         "The ends of completions change owners: rows that had ended are written over, the others stop in mid-word.",
@@ -98,7 +98,7 @@ BUGS = [
     Mutation(
         33,
         "rows leave whatever the model remembers",
-        "sft_core/policy.py",
+        "sft_core/model/policy.py",
         "rows_leave=config.rows_leave and divisible,",
         "rows_leave=config.rows_leave,",
         "Models with sliding windows or recurrent states keep other things than a key and a value for each token, and "
@@ -108,7 +108,7 @@ BUGS = [
     Mutation(
         33,
         "ended rows stay",
-        "eval/generation.py",
+        "eval/sampling.py",
         "(ended_N.sum() * LEAVING >= len(ended_N))",
         "(ended_N.sum() >= len(ended_N))",
         "Nothing is wrong but the time: the batch keeps its size until its longest completion ends.",
@@ -117,7 +117,7 @@ BUGS = [
     Mutation(
         33,
         "every row reads its own prompt",
-        "eval/generation.py",
+        "eval/sampling.py",
         "row == 0 or prompts[row] != prompts[row - 1]]",
         "True]",
         "Nothing is wrong but the time: G completions read their prompt G times.",
@@ -126,7 +126,7 @@ BUGS = [
     Mutation(
         34,
         "the twin's embedding in half precision too",
-        "sft_core/half.py",
+        "sft_core/model/half.py",
         "isinstance(module, (torch.nn.Linear, Conv1D))",
         "isinstance(module, (torch.nn.Linear, Conv1D, torch.nn.Embedding))",
         "Autocast leaves embeddings in float32, and the residual stream with them. Rounded, the sampler's numbers are "
@@ -136,22 +136,22 @@ BUGS = [
     Mutation(
         34,
         "the policy itself is halved",
-        "sft_core/half.py",
-        "twin = copy.deepcopy(policy.model, shared)",
-        "twin = policy.model",
+        "sft_core/model/half.py",
+        "twin = copy.deepcopy(model, shared)",
+        "twin = model",
         "The float32 masters are gone after the first sampling, with them every update smaller than bf16 can tell.",
         (f"{HALF}test_making_a_twin_leaves_the_policy_as_it_was",),
     ),
     Mutation(
         34,
         "the twin of the first step samples for ever",
-        "sft_core/half.py",
-        """    twin = copy.deepcopy(policy.model, shared)
+        "sft_core/model/half.py",
+        """    twin = copy.deepcopy(model, shared)
     halve(twin, dtype, tied=True)
 """,
-        """    twins = vars(policy.model).setdefault("_twins", [])
+        """    twins = vars(model).setdefault("_twins", [])
     if not twins:
-        twins.append(copy.deepcopy(policy.model, shared))
+        twins.append(copy.deepcopy(model, shared))
         halve(twins[0], dtype, tied=True)
     twin = twins[0]
 """,
@@ -162,9 +162,9 @@ BUGS = [
     Mutation(
         34,
         "the twin shares nothing",
-        "sft_core/half.py",
-        "copy.deepcopy(policy.model, shared)",
-        "copy.deepcopy(policy.model)",
+        "sft_core/model/half.py",
+        "copy.deepcopy(model, shared)",
+        "copy.deepcopy(model)",
         "Nothing is wrong but the memory: while it is made, all weights are there three times over.",
         (f"{HALF}test_a_twin_has_matrices_of_its_own_and_shares_all_else",),
     ),
@@ -172,15 +172,15 @@ BUGS = [
         34,
         "a reference that follows in half precision",
         "grpo_core/reference.py",
-        " and policy.precision.autocast_dtype and not sync_every:",
-        " and policy.precision.autocast_dtype:",
+        "if policy.half_dtype and not sync_every:",
+        "if policy.half_dtype:",
         "Mixed into a bf16 weight, a change below 1 in 256 is rounded away: the reference stays where it was.",
         (f"{HALF}test_a_reference_that_follows_stays_in_float32",),
     ),
     Mutation(
         34,
         "offloaded moments are not written back",
-        "sft_core/offload.py",
+        "sft_core/learn/offload.py",
         "offset=offset), dtype=dtype)",
         "offset=offset), dtype=dtype).clone()",
         "Every step finds moments of zero: AdamW's bias correction, which counts on, then shrinks the step to nothing.",
@@ -189,7 +189,7 @@ BUGS = [
     Mutation(
         34,
         "all pieces in one place",
-        "sft_core/offload.py",
+        "sft_core/learn/offload.py",
         "_mapped(self.file, self.offsets[number, piece],",
         "_mapped(self.file, 0,",
         "Each piece's moments are the last one's. The loss still falls, for a while.",
@@ -198,7 +198,7 @@ BUGS = [
     Mutation(
         34,
         "each piece counts a step",
-        "sft_core/offload.py",
+        "sft_core/learn/offload.py",
         '"step": self.updates[number].clone()',
         '"step": self.updates[number]',
         "AdamW adds 1 at each call, so a parameter of many pieces is soon hundreds of steps ahead, and the bias "
@@ -208,7 +208,7 @@ BUGS = [
     Mutation(
         34,
         "the moments outlive the run",
-        "sft_core/offload.py",
+        "sft_core/learn/offload.py",
         "            weakref.finalize(self, os.close, self.file)\n",
         "            pass\n",
         "Eight bytes a weight stay on the disk for each run of a notebook, until it is full.",
@@ -217,7 +217,7 @@ BUGS = [
     Mutation(
         34,
         "half a gradient is kept when memory runs out",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "            self.adamw.zero_grad(set_to_none=True)\n            self.micro_batch",
         "            self.micro_batch",
         "The micro-batches before, and the layers that the broken pass had reached, count twice.",
@@ -226,7 +226,7 @@ BUGS = [
     Mutation(
         34,
         "the attempt that was too large stays in memory",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         "                traceback.clear_frames(error.__traceback__)  # which hold the tensors that were too much\n",
         "",
         "The error holds its frames, and they hold the activations. Where one of them holds the error too, as happens "
@@ -236,8 +236,8 @@ BUGS = [
     Mutation(
         34,
         "any error is taken for a lack of memory",
-        "sft_core/optim.py",
-        "if not _out_of_memory(error) or self.micro_batch == 1:",
+        "sft_core/learn/recovery.py",
+        "if not out_of_memory(error) or self.micro_batch == 1:",
         "if self.micro_batch == 1:",
         "A bug's message comes after log2 of the micro-batch attempts and as many lines that blame the memory.",
         (f"{MEMORY}test_other_errors_pass_through",),
@@ -245,7 +245,7 @@ BUGS = [
     Mutation(
         34,
         "only CUDA's lack of memory is known",
-        "sft_core/optim.py",
+        "sft_core/learn/recovery.py",
         """isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)""",
         "isinstance(error, torch.OutOfMemoryError)",
         "The CPU's allocator says it with a plain RuntimeError, and the run ends.",
@@ -256,9 +256,9 @@ BUGS = [
         "a pass that overflowed counts in the metrics",
         "grpo_core/step.py",
         """            clock.lap("optimizer")
-        tally.add_all(terms_of_each)  # of the pass that counts
+        updates.append(terms_of_each)  # of the pass that counts
 """,
-        """            tally.add_all(terms_of_each)
+        """            updates.append(terms_of_each)
             clock.lap("optimizer")
 """,
         "Where the first of two updates overflows it is counted twice: losses and clipped shares lean to the update "

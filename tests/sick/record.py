@@ -24,15 +24,14 @@ from unittest import mock
 
 import yaml
 
-import grpo_core.rollout
 import grpo_core.step
 import grpo_core.train
 import sft_core.train
 from grpo_core.config import GRPOConfig
 from grpo_core.warmstart import tiny_sft
-from sft_core.arithmetic import ArithmeticStream
 from sft_core.cli import parse_config
-from sft_core.optim import Optimizer
+from sft_core.learn.optim import Optimizer
+from sft_core.text.arithmetic import ArithmeticStream
 
 HERE = Path(__file__).parent
 SMALL = "--preset tiny --prompts_per_step 8 --group_size 8 --eval_problems 128 --eval_every 0 --show_every 0"
@@ -73,9 +72,9 @@ def seven_reward(prompts: Sequence[str], completions: Sequence[str], **columns: 
 
 def sampled_hotter() -> Any:
     """The sampler's temperature is not the learner's."""
-    sample = grpo_core.rollout.sample
+    sample = grpo_core.step.sample
     return mock.patch.object(
-        grpo_core.rollout,
+        grpo_core.step,
         "sample",
         lambda policy, prompts, sampling: sample(policy, prompts, replace(sampling, temperature=1.5)),
     )

@@ -1,0 +1,49 @@
+"""Will it fit, how long will a step take at least, and what would make it smaller? Before a run, from shapes alone:
+
+    python -m benchmarks.plan t4 --gpu t4
+    python -m benchmarks.plan qwen-0.5b --gpu this --model FOLDER --prompt_tokens 105
+    python -m benchmarks.plan --check --model FOLDER        # the forecast beside real runs
+
+The first argument is a preset of grpo_core or of this package. --gpu: t4, l4, a10g, a100, a100-80, h100, or `this`
+machine, whose speed is measured. Any other flag is one of grpo_core.train. No weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks.plan.question import answer, question_of
+from benchmarks.workload import names, workload
+from sft_core.cli import user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # By hand: argparse would take the value of a flag that is not its own for the name.
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "t4"
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [NAME] [--gpu NAME] [--check] [--flag value ...]",
+        description=__doc__,
+        epilog=f"NAME: {', '.join(names())}; default: t4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="this", help="default: this machine")
+    parser.add_argument("--prompt_tokens", type=int, default=0, help="default: --max_prompt_tokens")
+    parser.add_argument("--completion_tokens", type=int, default=0, help="default: --max_completion_tokens")
+    parser.add_argument("--check", action="store_true", help="compare the forecast with real runs on this machine")
+    given, flags = parser.parse_known_args(arguments)
+    with user_errors():
+        if given.check:
+            from benchmarks.plan.check import check
+
+            print(check(flags))
+            return
+        config = workload(name, flags)
+        print(answer(question_of(config, given.gpu, given.prompt_tokens, given.completion_tokens)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What can be set of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sft_core.config import FolderConfig, ModelConfig, TaskConfig, flag
+from sft_core.errors import require
+
+
+@dataclass(frozen=True)
+class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
+    """Greedy evaluation, and samples beside it where they are asked for."""
+
+    batch_size: int = flag(32, "completions drawn at once")
+    samples: int = flag(0, "samples of each problem beside the greedy answer, for pass@k and maj@k; 0: none")
+    temperature: float = flag(1.0, "at which they are drawn (1: GRPO's own default)")
+    seed: int = flag(42, "of the samples")
+    max_completion_tokens: int = flag(256, "completion budget; a completion that reaches it counts as truncated")
+    tensorboard: bool = flag(False, "write TensorBoard events")
+
+    def check(self) -> None:
+        for part in (TaskConfig, ModelConfig, FolderConfig):
+            part.check(self)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        require(
+            self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is there already"
+        )
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
+        require(
+            self.task != "arithmetic" or self.eval_problems > 0,
+            "eval_problems",
+            self.eval_problems,
+            "more than 0: the arithmetic task has no end",
+        )

@@ -1,0 +1,63 @@
+"""A GRPO run before it begins: everything that a user can get wrong has been looked at, no weight has been read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import set_seed
+
+from grpo_core.config import GRPOConfig
+from grpo_core.dynamic import Draw, replacing_equal_groups
+from grpo_core.reference import Reference
+from grpo_core.step import REWARD_COLUMNS, Learner, sample_and_score
+from rewards import Reward, check_signatures, load_rewards
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import load_policy, load_tokenizer, without_dropout
+from sft_core.model.source import Source, check_context, find_source
+from sft_core.run.hub import check_run_push
+from sft_core.text.prompts import drop_long_prompts
+from sft_core.text.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class GRPOJob:
+    """A checked configuration."""
+
+    config: GRPOConfig
+    task: Task
+    rewards: list[Reward]
+    source: Source | None  # None: the built-in model
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        config = self.config
+        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.prompts_per_step)
+
+    def learner(self, source: Source, more: Draw) -> Learner:
+        """Seeded, with the policy at its start and the reference copied from it. `more` draws further prompts."""
+        config = self.config
+        set_seed(config.seed)
+        policy = load_policy(config, source)
+        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+        without_dropout(policy.model)
+        optimizer = Optimizer(policy, config, self.steps * config.mu)
+        roll_out = replacing_equal_groups(more) if config.dynamic_sampling else sample_and_score
+        return Learner(config, policy, reference, self.rewards, optimizer, roll_out=roll_out)
+
+
+def prepare(config: GRPOConfig) -> GRPOJob:
+    """Read the rewards, the task and the model's configuration, and refuse what cannot work.
+
+    Raises:
+        ValueError: as `load_rewards`, `load_task`, `find_source`, `check_context` and `check_push`.
+    """
+    rewards = load_rewards(config.rewards, config.reward_weights)
+    check_signatures(rewards, REWARD_COLUMNS)
+    source = None if config.model == "tiny" else find_source(config)
+    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_run_push(config, source, config.lora)
+    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
+    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
+    return GRPOJob(config, task, rewards, source)

@@ -1,0 +1,158 @@
+"""One command line for several stages: which of its flags goes where.
+
+    --mode sft      SFT
+    --mode grpo     GRPO
+    --mode both     SFT, then GRPO from its result
+    --mode eval     an evaluation
+    --mode all      an evaluation, SFT, an evaluation, GRPO, an evaluation (without SFT where the preset has none)
+
+A flag of a stage's own program, as it is, goes to every stage that has it: --max_samples 100, --task FILE. With the
+stage's name before a dot it goes to that stage alone, and counts for more: --sft.lr 1e-4 --grpo.lr 1e-6
+--eval.batch_size 64 --sft.config FILE. What stages mean differently (--lr, --epochs, --max_steps, --batch_size ...)
+is taken with a name only, where several of them have it. --config FILE holds the same as lines: `max_samples: 100`,
+`sft.lr: 1e-4`.
+
+--model, --adapter_path, --lora, --from_scratch and --config_overrides are about the start, so they go to the first
+stage that trains; what follows takes its result. Where SFT trains a LoRA adapter, GRPO trains it further.
+--push_to_hub goes to the last stage that trains.
+
+preset < environment < --config < flags. `--help` of sft_core.train, grpo_core.train and eval lists the stages' flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import eval.__main__
+import grpo_core.train
+import sft_core.train
+from eval.config import EvalConfig
+from grpo_core.config import GRPOConfig
+from sft_core.cli import ENVIRONMENT, Parser, no_such_flag, parser_of, preset_names
+from sft_core.config import NEWEST, PASSING
+from sft_core.job import SFTConfig
+
+CONFIGS: dict[str, Any] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}
+PRESETS = {"sft": sft_core.train.PRESETS, "grpo": grpo_core.train.PRESETS, "eval": eval.__main__.PRESETS}
+MODES = ("sft", "grpo", "both", "eval", "all")
+START = ("model", "adapter_path", "lora", "from_scratch", "config_overrides")  # of the first stage that trains
+END = ("push_to_hub", "private")  # of the last stage that trains
+DIFFERENT = ("lr", "lr_schedule", "warmup_ratio", "max_steps", "epochs", "batch_size")  # means another thing in each
+
+
+class Given(NamedTuple):
+    """A flag with its values, as it was typed or stood in a file."""
+
+    name: str  # "--sft.lr"
+    tokens: list[str]  # ["--sft.lr", "1e-4"]
+    typed: bool
+
+    @property
+    def kind(self) -> str:
+        """The stage before the dot; none: ''."""
+        return self.name.removeprefix("--").partition(".")[0] if "." in self.name else ""
+
+    @property
+    def plain(self) -> str:
+        """The stage's own flag."""
+        return f"--{self.name.removeprefix('--').partition('.')[2]}" if self.kind else self.name
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it names the embedded job's model or task."""
+        return " ".join(self.for_stage()).replace("=", " ") in ("--model tiny", "--task arithmetic")
+
+    def for_stage(self) -> list[str]:
+        return [self.plain + self.tokens[0].removeprefix(self.name), *self.tokens[1:]]
+
+
+def given_in(tokens: Sequence[str], typed: bool) -> list[Given]:
+    """Tokens, each flag with what follows it.
+
+    >>> [given.tokens for given in given_in(["--rewards", "a", "b", "--sft.lr=1e-4"], True)]
+    [['--rewards', 'a', 'b'], ['--sft.lr=1e-4']]
+    """
+    found: list[Given] = []
+    for token in tokens:
+        if token.startswith("--"):
+            found.append(Given(token.split("=")[0], [token], typed))
+        elif found:
+            found[-1].tokens.append(token)
+        else:
+            raise ValueError(f"{token}: expected a flag; --help lists them")
+    return found
+
+
+def own_parser() -> Parser:
+    """Of the flags that are the pipeline's own."""
+    presets = sorted({name for folder in PRESETS.values() for name in preset_names(folder)})
+    parser = Parser(
+        [],
+        prog="python -m grpo_core.pipeline",
+        description=__doc__,
+        epilog=ENVIRONMENT,
+        allow_abbrev=False,
+        usage="%(prog)s --mode MODE [--preset NAME] [--output_dir FOLDER] [--resume] [--[STAGE.]flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--mode", choices=MODES, help="which stages; default: both")
+    add("--preset", choices=presets, help="named settings of all stages; default: tiny, unless --model, --task or "
+        "--config is given")  # fmt: skip
+    add("--config", type=Path, help="a YAML file of `flag: value` lines, such as a pipeline folder's pipeline.yaml")
+    add("--output_dir", "--output_path", help="the folder of all stages' run folders; default: a new one under runs/")
+    add("--resume", nargs="?", const=NEWEST, help="go on with the pipeline in --output_dir, or begin it where there is "
+        "none; finished stages are left as they are. --resume FOLDER: with that one, its settings from it")  # fmt: skip
+    add("--overwrite", action="store_true", help="delete the stages that are in --output_dir and begin anew")
+    add("--dry_run", action="store_true", help="load and check everything, say what each stage would do, and end")
+    return parser
+
+
+def shared_out(rest: Sequence[Given], kinds: Sequence[str], mode: str) -> dict[str, list[str]]:
+    """Each kind's own tokens: a layer's plain flags, then the kind's own, layer by layer."""
+    flags = {kind: flags_of(kind) for kind in CONFIGS}
+    tokens: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for given in sorted(rest, key=lambda given: (given.typed, bool(given.kind))):
+        if given.kind:
+            if given.kind not in CONFIGS or given.plain not in flags[given.kind]:
+                no_such_flag(given.name, [f"--{kind}.{flag[2:]}" for kind in CONFIGS for flag in flags[kind]])
+            if given.kind in tokens:
+                tokens[given.kind] += given.for_stage()
+            elif given.typed:
+                raise ValueError(f"{given.name}: --mode {mode} has no {given.kind} stage")
+            continue
+        having = [kind for kind in CONFIGS if given.plain in flags[kind]]
+        if not having:
+            no_such_flag(given.name, _every(flags.values()))
+        here, name = [kind for kind in kinds if kind in having], given.plain.removeprefix("--").removeprefix("no_")
+        if not here and given.typed:
+            raise ValueError(f"{given.name}: no stage of --mode {mode} has it; {' and '.join(having)} would")
+        if name in DIFFERENT and len(here) > 1:
+            choice = " or ".join(f"--{kind}.{given.plain[2:]}" for kind in here)
+            raise ValueError(f"{given.name}: {' and '.join(here)} each have their own; expected {choice}")
+        for kind in _chosen(name, here):
+            tokens[kind] += given.for_stage()
+    return tokens
+
+
+def _chosen(name: str, kinds: list[str]) -> list[str]:
+    """Of the kinds that have a plain flag, those that get it."""
+    if name in START:
+        return kinds[:1]
+    if name in END:
+        return [kind for kind in kinds if kind != "eval"][-1:]
+    return [kind for kind in kinds if kind != "eval" or name != "use_4bit"]  # which is of use in training alone
+
+
+def flags_of(kind: str) -> list[str]:
+    """The flags that a stage takes; the pipeline sees to its folder."""
+    parser = parser_of(CONFIGS[kind])
+    return [flag for flag in parser.flags if parser._option_string_actions[flag].dest not in (*PASSING, "help")]
+
+
+def _every(groups: Iterable[Iterable[str]]) -> list[str]:
+    known = [option for option in own_parser().flags if option != "--help"]
+    return [*known, *dict.fromkeys(flag for group in groups for flag in group)]

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning before it begins: what can be set, and what is refused before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag
+from sft_core.errors import require
+from sft_core.model.policy import load_tokenizer
+from sft_core.model.source import Source, check_context, find_source
+from sft_core.run.hub import check_run_push
+from sft_core.text.prompts import drop_long_prompts
+from sft_core.text.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
+    """Supervised fine-tuning."""
+
+    batch_size: int = flag(16, "demonstrations in an optimizer step, learned --micro_batch at a time")
+    max_completion_tokens: int = flag(512, "longer demonstrations are cut, so they teach no end")
+    worked_share: float = flag(1.0, "share of demonstrations that show their working; the others only state the answer")
+
+    def check(self) -> None:
+        for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
+            part.check(self)
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
+        require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
+        require(
+            self.task != "arithmetic" or self.max_steps > 0,
+            "max_steps",
+            self.max_steps,
+            "more than 0: the arithmetic task has no end",
+        )
+
+
+@dataclass(frozen=True)
+class SFTJob:
+    """A checked configuration: everything that a user can get wrong has been looked at, no weight has been read."""
+
+    config: SFTConfig
+    task: Task
+    source: Source | None  # None: the built-in model
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        config = self.config
+        return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.batch_size)
+
+
+def prepare(config: SFTConfig) -> SFTJob:
+    """Read the task and the model's configuration, and refuse what cannot work.
+
+    Raises:
+        ValueError: as `load_task`, `find_source` and `check_push`; a sequence budget over the model's context.
+    """
+    source = None if config.model == "tiny" else find_source(config)
+    check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
+    check_run_push(config, source, config.lora)
+    task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
+    task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
+    return SFTJob(config, task, source)

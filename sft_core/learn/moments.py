@@ -1,0 +1,60 @@
+"""What a checkpoint holds of an optimizer: AdamW's moments, the schedule, the loss scaler, what was counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sft_core.learn.offload import OffloadedAdamW
+
+
+class Saved:
+    """The part of `Optimizer` that saves and loads it."""
+
+    parameters: list[torch.nn.Parameter]
+    adamw: torch.optim.AdamW
+    offloaded: OffloadedAdamW | None
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    micro_batch: int
+    skipped: int
+    skipped_in_a_row: int
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the moments: the schedule, the scaler, what was counted."""
+        counted = {"skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "micro_batch": self.micro_batch}
+        return {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), **counted}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdamW's moments and its count of updates for each parameter that has moved; where they are offloaded, in
+        pieces."""
+        if self.offloaded:
+            return self.offloaded.tensors()
+        states = ((i, self.adamw.state[p]) for i, p in enumerate(self.parameters) if p in self.adamw.state)
+        return {f"{i}.{name}": value for i, state in states for name, value in state.items()}
+
+    def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Go back to where `numbers` and `tensors` were taken, with the moments wherever this one keeps them."""
+        self.schedule.load_state_dict(numbers["schedule"])
+        for group, lr in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.skipped, self.skipped_in_a_row = numbers["skipped"], numbers["in_a_row"]
+        self.micro_batch = min(self.micro_batch, numbers["micro_batch"])
+        for i, parameter in enumerate(self.parameters):
+            if f"{i}.step" in tensors:
+                moments = [torch.cat(_pieces_of(tensors, f"{i}.{name}")) for name in ("exp_avg", "exp_avg_sq")]
+                if self.offloaded:
+                    self.offloaded.put(i, tensors[f"{i}.step"], *moments)
+                else:
+                    mean, square = (moment.to(parameter.device).view_as(parameter) for moment in moments)
+                    # The count is where AdamW had it: fused on a GPU, on the GPU.
+                    step = tensors[f"{i}.step"].clone().to(parameter.device)
+                    self.adamw.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+
+def _pieces_of(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The tensor of this name, or name.0, name.1, ..., each of them flat."""
+    names = [name] if name in tensors else [n for n in map(f"{name}.{{}}".format, range(len(tensors))) if n in tensors]
+    return [tensors[piece].flatten() for piece in names]

@@ -1,0 +1,84 @@
+"""The optimizer: gradients summed over micro-batches, AdamW over float32 masters, its learning-rate schedule, one step
+under a GradScaler. Memory that runs out and gradients that are not finite: `recovery`. Checkpoints: `moments`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from transformers import get_scheduler
+
+from sft_core.config import OptimConfig
+from sft_core.learn.moments import Saved
+from sft_core.learn.offload import OffloadedAdamW
+from sft_core.learn.recovery import Recovery
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
+
+Learned = TypeVar("Learned")
+
+
+class Optimizer(Recovery, Saved):
+    """What `loss.backward()` leaves in `.grad`, turned into a step. `lr` is the rate that the next step will use."""
+
+    def __init__(self, policy: Policy, config: OptimConfig, total_steps: int) -> None:
+        super().__init__()
+        decayed = [p for name, p in policy.trainable() if p.ndim >= 2]
+        kept = [p for name, p in policy.trainable() if p.ndim < 2]  # biases and norms
+        self.parameters = decayed + kept
+        self.micro_batch, self.max_skipped = config.micro_batch, config.max_skipped
+        self.max_grad_norm = config.max_grad_norm or float("inf")
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        place = config.offload_optimizer
+        self.offloaded = OffloadedAdamW(self.adamw, self.parameters, place) if place else None
+        warmup_steps = round(config.warmup_ratio * total_steps)
+        name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+        self.schedule = get_scheduler(name, self.adamw, warmup_steps, total_steps)
+        self.scaler = policy.precision.grad_scaler()
+        self.initial_scale = self.scaler.get_scale()
+        self.loss = torch.zeros(())  # of the present pass
+        self.passes = 0  # calls of `clip_and_step`: until it grows, weights and moments are what they were
+
+    @property
+    def lr(self) -> float:
+        return float(self.adamw.param_groups[0]["lr"])
+
+    def accumulate(self, rows: Rows, learn: Callable[[slice, Rows], Learned]) -> list[Learned]:
+        """Call `learn`, which computes a loss and hands it to `backward`, on all rows, a micro-batch at a time."""
+        self.learned = (rows, learn)
+        return self._until_it_fits(
+            lambda: [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)], rows
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradient, times the scaler's factor, to `.grad`."""
+        self.loss = self.loss.to(loss.device) + loss.detach()
+        self.scaler.scale(loss).backward()
+
+    def clip_and_step(self) -> tuple[float, bool]:
+        """Clip, step, advance the schedule, clear the gradients. A loss or gradient that is not finite moves neither
+        weights nor schedule.
+
+        Returns:
+            The gradient's norm before clipping, and whether the same batch is to be learned again (fp16 only).
+        """
+        self.passes += 1
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        finite = math.isfinite(grad_norm) and math.isfinite(self.loss)
+        if finite:
+            # Not scaler.step(), which would look for overflows again.
+            (self.offloaded or self.adamw).step()
+            self.schedule.step()
+        self.scaler.update()
+        self._forget()
+        return grad_norm, self._count(finite, scale)

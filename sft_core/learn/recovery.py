@@ -1,0 +1,105 @@
+"""What the optimizer does when something goes wrong: memory that runs out, a loss or gradient that is not finite."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from sft_core.learn.rows import Rows
+
+Learned = TypeVar("Learned")
+
+
+class Recovery:
+    """The part of `Optimizer` that a healthy run never needs."""
+
+    parameters: list[torch.nn.Parameter]
+    adamw: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    loss: torch.Tensor  # of the present pass
+    micro_batch: int
+    max_skipped: int
+    initial_scale: float
+    learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the present pass
+    skipped = skipped_in_a_row = 0
+
+    def __init__(self) -> None:
+        self.skipped_rows: list[int] = []  # those at fault since the list was last emptied
+
+    def _until_it_fits(self, run: Callable[[], list[Learned]], rows: Rows) -> list[Learned]:
+        """Call `run`, with micro-batches half as large each time memory runs out. A backward pass that broke off may
+        have left part of its gradient, so all rows are begun again: the sum is the same however they are cut."""
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.micro_batch == 1:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # which hold the tensors that were too much
+            self.adamw.zero_grad(set_to_none=True)
+            self.micro_batch = -(-min(self.micro_batch, len(rows)) // 2)
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: from here on {self.micro_batch} rows at a time; the gradient is the same")
+
+    def _count(self, finite: bool, scale: float) -> bool:
+        """Count a step that was skipped because its loss or gradient is not finite; whether to learn its batch again.
+
+        An overflow under fp16 is not the batch's fault: the scaler halves its factor and the same batch is learned
+        again, down to factor 1. What is still not finite then, or ever under bf16 and float32, is skipped: the same
+        batch would end the same way. Its rows are then learned one by one, to find those at fault.
+        """
+        again = not finite and 1 <= self.scaler.get_scale() < scale
+        if finite:
+            self.skipped_in_a_row = 0
+        elif not again:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self.skipped_rows = sorted({*self.skipped_rows, *self._rows_at_fault(scale)})
+            self.scaler.update(self.initial_scale)  # the next batch should not pay for this one
+        self.learned = None
+        return again
+
+    def _rows_at_fault(self, scale: float) -> list[int]:
+        """The rows whose loss or gradient is not finite even where each is learned by itself, at this factor: in one
+        pass with others, a row's NaN may be found in its neighbours' gradient too."""
+        if not self.learned:
+            return []
+        (rows, learn), found = self.learned, []
+        for at, row in rows.micro_batches(1):
+            self.scaler.update(scale)
+            learn(at, row)
+            self.scaler.unscale_(self.adamw)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
+            if not (math.isfinite(norm) and math.isfinite(self.loss)):
+                found.append(at.start)
+            self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Begin the next pass: no gradient, no loss."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.loss = torch.zeros(())
+
+    def stop_if_lost(self, step: int, hint: str) -> None:
+        """`hint`: where a person finds the rows at fault in this step.
+
+        Raises:
+            FloatingPointError: --max_skipped steps in a row were skipped: the weights, not the batch, are at fault.
+        """
+        if self.skipped_in_a_row < self.max_skipped:
+            return
+        numbers = ", ".join(map(str, self.skipped_rows[:20]))
+        more = f" and {len(self.skipped_rows) - 20} more" if len(self.skipped_rows) > 20 else ""
+        rows = f"by itself each of its rows {numbers}{more} ({hint})" if self.skipped_rows else "no row by itself"
+        count = f"{self.skipped_in_a_row} step{'s' * (self.skipped_in_a_row > 1)} in a row"
+        raise FloatingPointError(f"{count} had a loss or gradient that is not finite; in the last, step {step}, {rows}")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator, CUDA's or the CPU's, could not give what was asked of it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,110 @@
+"""Token rows: prompts padded on the left, completions padded on the right, and nothing but lengths to tell them apart.
+
+The shape legend of the whole project. A tensor's name ends in its shape:
+
+    B  prompts in a step          N  rows, one per completion: N = B * G      V  vocabulary size
+    G  completions per prompt     P  prompt tokens, padded                    D  hidden size
+                                  T  completion tokens, padded                L  P + T
+    K  reward functions           R  packed rows (sft_core.learn.logprobs)    M  completion tokens without padding
+
+How a row lies in memory (P = 4, T = 3; `.` is padding, the row's lengths are 3 and 2):
+
+    ids_NL           .  q  q  q  a  e  .        e: the end-of-sequence token, part of the completion and trained
+    mask_NT                      1  1  0
+
+Masks come from the two length vectors, never from the padding id: most tokenizers pad with the very token that ends a
+sequence, and a mask made from ids would then hide the token that says "stop".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N prompt-completion pairs. `ids_NL` int64; `prompt_len_N` and `completion_len_N` int64, in tokens."""
+
+    ids_NL: Tensor
+    prompt_len_N: Tensor
+    completion_len_N: Tensor
+    prompt_width: int  # P
+
+    def __len__(self) -> int:
+        return self.ids_NL.shape[0]
+
+    @property
+    def completion_NT(self) -> Tensor:
+        return self.ids_NL[:, self.prompt_width :]
+
+    @property
+    def mask_NT(self) -> Tensor:
+        """True on the completion's own tokens, its end-of-sequence token included.
+
+        >>> pack_rows([[5, 6], [7]], [[8, 2], [2]], pad_id=2).mask_NT.tolist()
+        [[True, True], [True, False]]
+        """
+        position_T = torch.arange(self.completion_NT.shape[1], device=self.ids_NL.device)
+        return position_T < self.completion_len_N[:, None]
+
+    def prompt_ids(self) -> list[list[int]]:
+        """Each row's prompt without padding."""
+        lengths, ids_NP = self.prompt_len_N.tolist(), self.ids_NL[:, : self.prompt_width].tolist()
+        return [ids[len(ids) - length :] for ids, length in zip(ids_NP, lengths, strict=True)]
+
+    def completion_ids(self) -> list[list[int]]:
+        """Each row's completion without padding.
+
+        >>> rows = pack_rows([[5, 6], [7]], [[8, 2], [2]], pad_id=2)
+        >>> rows.prompt_ids(), rows.completion_ids()
+        ([[5, 6], [7]], [[8, 2], [2]])
+        """
+        lengths = self.completion_len_N.tolist()
+        return [ids[:length] for ids, length in zip(self.completion_NT.tolist(), lengths, strict=True)]
+
+    def to(self, device: torch.device) -> Rows:
+        ids_NL, prompt_len_N = self.ids_NL.to(device), self.prompt_len_N.to(device)
+        return Rows(ids_NL, prompt_len_N, self.completion_len_N.to(device), self.prompt_width)
+
+    def without_completions(self, left_out_N: Tensor) -> Rows:
+        """The same rows, some of them with a completion of length 0: their tokens become padding."""
+        return replace(self, completion_len_N=torch.where(left_out_N, 0, self.completion_len_N))
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Rows start..stop, cut to their own longest prompt and completion: a micro-batch pays for no other's
+        padding."""
+        prompt_len_N, completion_len_N = self.prompt_len_N[start:stop], self.completion_len_N[start:stop]
+        width, T = int(prompt_len_N.max()), max(1, int(completion_len_N.max()))
+        ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
+        return Rows(ids_NL, prompt_len_N, completion_len_N, width)
+
+    def micro_batches(self, size: int) -> Iterator[tuple[slice, Rows]]:
+        """Cut into micro-batches of at most `size` rows; the last may be smaller (sizes need not divide)."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield slice(start, stop), self.cut(start, stop)
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> Tensor:
+    """Token lists as one int64 matrix padded on `side`.
+
+    >>> pad([[1, 2], [3]], pad_id=0, side="left").tolist()
+    [[1, 2], [0, 3]]
+    """
+    width = max(map(len, sequences))
+    filled = torch.full((len(sequences), width), pad_id)
+    for row, ids in enumerate(sequences):
+        begin = width - len(ids) if side == "left" else 0
+        filled[row, begin : begin + len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return filled
+
+
+def pack_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Rows:
+    """Rows from token lists, on the CPU."""
+    prompt_NP, completion_NT = pad(prompts, pad_id, "left"), pad(completions, pad_id, "right")
+    lengths = torch.tensor([len(p) for p in prompts]), torch.tensor([len(c) for c in completions])
+    return Rows(torch.cat([prompt_NP, completion_NT], dim=1), *lengths, prompt_NP.shape[1])

@@ -1,0 +1,28 @@
+"""Log-probabilities of rows too many for one pass, without gradient: the reference's, and the policy's entropies."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows
+from sft_core.model.policy import Policy
+
+
+@torch.no_grad()
+def scored(
+    policy: Policy, rows: Rows, temperature: float, micro_batch: int, entropy: Literal["none", "value"]
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of rows too many for one pass, a micro-batch at a time, without gradient. Where something is not
+    finite, each row is scored by itself: a bad row must not spoil those that share its prompt."""
+    logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
+    entropy_NT = torch.zeros_like(logp_NT)
+    for at, micro in rows.micro_batches(micro_batch):
+        cut = (at, slice(micro.completion_NT.shape[1]))
+        logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
+    if micro_batch > 1 and not logp_NT.isfinite().all():
+        return scored(policy, rows, temperature, 1, entropy)
+    return logp_NT, entropy_NT

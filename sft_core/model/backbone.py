@@ -1,0 +1,26 @@
+"""A causal language model in two parts, so that only the tokens that are scored pay for the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def backbone_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The model without its output head, and the head: hidden states to logits."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
+    head, config = inner.get_output_embeddings(), inner.config
+    cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        logits: Tensor = head(hidden)
+        if divisor:  # Granite
+            logits = logits / divisor
+        if cap:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    return getattr(inner, inner.base_model_prefix), logits_of

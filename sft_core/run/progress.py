@@ -1,0 +1,216 @@
+"""How far a run has come, and how it is saved, interrupted and taken up again.
+
+A step moves the weights in its last moments only. Until then, and from the moment its log lines are written, the run is
+*at rest*: all that has moved since the last completed step (random states, the data's position) is known from before.
+Whatever ends the run at rest, Ctrl-C, SIGTERM, a reward function that raises, memory that runs out, is preceded by a
+checkpoint of the last completed step. A signal that comes during the updates waits until the step is completed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sft_core.config import RunConfig
+from sft_core.errors import Refused
+from sft_core.learn.optim import Optimizer
+from sft_core.model.policy import Policy
+from sft_core.run.checkpoint import (
+    NotSaved,
+    checkpoints,
+    load_state,
+    prune,
+    random_state,
+    save_state,
+    set_random_state,
+    write_whole,
+)
+from sft_core.run.runlog import RunFolder
+
+# Ctrl-C; what a machine that shuts down sends; what a closed terminal sends (not on Windows).
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Part(Protocol):
+    """Something that a run moves besides the weights."""
+
+    def numbers(self) -> dict[str, Any]:
+        """What is small: copied at the end of each step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is large, and moves with the weights only: looked at when a checkpoint is written."""
+
+    def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go back to where `numbers` and `tensors` were taken."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or its like, after which the run is to be saved and ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Progress:
+    """The last completed step of a run, 0 before the first, with what a checkpoint of it needs.
+
+    Where `folder` was opened to go on with a run, the weights and all parts are put back first.
+
+    Args:
+        parts: by name; the optimizer is added to them.
+        identity: what the run was begun with and a checkpoint does not hold, as texts that tell it from others.
+
+    Raises:
+        Refused: `identity` differs from that of the run that is to go on.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        policy: Policy,
+        optimizer: Optimizer,
+        parts: Mapping[str, Part],
+        identity: dict[str, Any],
+    ) -> None:
+        self.folder, self.config, self.policy, self.optimizer = folder, config, policy, optimizer
+        self.parts: dict[str, Part] = {"optimizer": optimizer, **parts}
+        self.identity = {"precision": policy.precision.name, **identity}
+        self.again = folder.path  # what --resume is to name when this has ended early
+        self.step, self.signal, self.ending = 0, 0, False
+        if folder.checkpoint:
+            self._restore(folder.checkpoint)
+            folder.go_on(folder.checkpoint)
+        self.saved, self.saved_at = self.step, time.monotonic()
+        self._rest()
+
+    def completed(self, step: int) -> None:
+        """The step's updates and log lines are done, and a checkpoint is written where one is due.
+
+        Raises:
+            Interrupted: a signal came during the updates.
+            NotSaved: no room for the checkpoint.
+        """
+        self.step = step
+        self._rest()
+        if self.signal:
+            raise Interrupted(self.signal)
+        steps, seconds = self.config.save_interval
+        if (steps and step % steps == 0) or (seconds and time.monotonic() - self.saved_at >= seconds):
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the last completed step, and delete those that --keep_last does not ask for.
+
+        Raises:
+            NotSaved: the disk is full, or gone. The checkpoints before are as they were.
+        """
+        assert self.at_rest
+        path = self.folder.path / "checkpoints" / f"step-{self.step:06d}"
+        tensors = {name: part.tensors() for name, part in self.parts.items()}
+
+        def write(folder: Path) -> None:
+            self.folder.to_disk()
+            self.policy.save(folder)
+            save_state(folder, {**self.state, "tensors": tensors})
+
+        write_whole(path, write)
+        self.saved, self.saved_at = self.step, time.monotonic()  # first: a signal from here on need not save again
+        prune(self.folder.path, self.config.keep_last)
+        return path
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether weights and moments are those of the last completed step."""
+        return self.optimizer.passes == self.passes
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever ends the block at rest is preceded by a checkpoint; what was saved where is said on stderr."""
+        with self._signals():
+            try:
+                yield
+            except (Exception, KeyboardInterrupt) as error:
+                self._save_at_last(error)
+                raise
+
+    def _save_at_last(self, error: BaseException) -> None:
+        failed, self.ending = "", True
+        if self.at_rest and self.saved < self.step and not isinstance(error, NotSaved):
+            try:
+                self.save()
+            except Exception as another:  # a device or a disk that has failed fails here again
+                failed = f"step {self.step} is not saved ({another}); "
+        there = checkpoints(self.folder.path)
+        found = f"saved: {there[-1]}; go on with --resume {self.again}" if there else "no checkpoint was written"
+        print(f"\n{failed}{found}", file=sys.stderr)
+
+    def _rest(self) -> None:
+        self.state = {
+            "step": self.step,
+            "random": random_state(),
+            "logs": self.folder.sizes(),
+            "parts": {name: part.numbers() for name, part in self.parts.items()},
+            "identity": self.identity,
+        }
+        self.passes = self.optimizer.passes  # last: from here on a signal may raise
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_state(checkpoint)
+        for name, value in self.identity.items():
+            if (then := state["identity"].get(name)) != value:
+                changed = f"the {name} is not what it was when the run began ({then}; now {value})"
+                raise Refused(f"--resume {self.folder.path}: {changed}")
+        self.policy.load(checkpoint)
+        for name, part in self.parts.items():
+            part.load(state["parts"][name], state["tensors"][name])
+        set_random_state(state["random"])
+        self.step = state["step"]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and its like raise `Interrupted`: at once where the run is at rest, else when the step is completed.
+        A second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can look after signals
+            return
+        # One that is ignored, as under nohup, stays so.
+        numbers = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
+
+        def answer(number: int, frame: FrameType | None) -> None:
+            for each in numbers:
+                signal.signal(each, signal.SIG_DFL)
+            self.signal = number
+            if self.at_rest and not self.ending:
+                raise Interrupted(number)
+            with suppress(OSError):  # not print(), which the signal may have come in the middle of
+                os.write(2, b"\nthe step is saved first; a second signal ends the process at once\n")
+
+        before = {number: signal.signal(number, answer) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+def weights_identity(policy: Policy) -> str:
+    """A CRC of every weight: tells apart models of one shape. About a second for a gigabyte."""
+    crc = 0
+    for name, weight in sorted(policy.model.state_dict().items()):
+        raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        crc = zlib.crc32(raw.numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"

@@ -1,0 +1,288 @@
+"""The run folder: all that a run leaves behind, and nothing elsewhere.
+
+config.yaml         the resolved config; --config takes it back
+provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
+log.jsonl           one object per log line; `kind` says which: train, eval
+completions.jsonl   every sampled completion of GRPO with its rewards and advantage
+tokens.jsonl        its tokens, each with its log-probability (grpo_core/completions.py)
+heldout/            step-000000.jsonl, ...: every answer of an evaluation while training
+answers.jsonl       every answer of `python -m eval`
+summary.json        what was measured, at the end; of `python -m eval` as a table, too: summary.md
+tensorboard/, wandb/ the same scalars as log.jsonl, and samples of the completions (sft_core/run/trackers.py)
+checkpoints/        step-000100/, ...: models in Hugging Face format, and what --resume needs (`checkpoint`)
+final/              the final model or adapter; written last, so a folder that has it is finished
+asked.jsonl         what `python -m eval.ask` was answered; not the run's own, so no run deletes it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from rewards.jsonl import read_jsonl
+from sft_core.config import NEWEST, PASSING, FolderConfig, as_yaml
+from sft_core.errors import Refused
+from sft_core.model.policy import Policy
+from sft_core.run.checkpoint import (
+    Damaged,
+    checkpoints,
+    load_numbers,
+    newest_whole,
+    not_saved,
+    set_aside,
+    step_of,
+    to_disk,
+    verify,
+    write_text,
+    write_whole,
+)
+from sft_core.run.provenance import provenance
+from sft_core.run.trackers import Trackers
+
+# Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
+transformers.logging.disable_progress_bar()
+
+LOGS = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "answers.jsonl")
+OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "completions.html", "final", "base")
+KEPT = ("checkpoints", "wandb")  # where --resume begins a run anew: damaged checkpoints, and what W&B was told
+
+
+class RunFolder:
+    """A run folder that this process alone writes to.
+
+    A new run finds it new or empty (or empties it, under --overwrite). Where --resume finds a whole checkpoint, that is
+    `checkpoint`, and `go_on` is to be called once it is loaded; where it finds none, the run begins anew.
+
+    Raises:
+        Refused: it holds a run that is neither to go on nor to be overwritten; another process writes to it; the
+            checkpoint that --resume names is damaged.
+        NotSaved: the disk is full, or the folder may not be written to.
+    """
+
+    def __init__(self, config: FolderConfig, kind: str) -> None:
+        self.path = Path(config.output_dir) if config.output_dir else fresh_folder(kind)
+        self.config = config
+        self.trackers: Trackers | None = None
+        self.evaluations: dict[int, dict[str, Any]] = {}  # the log's lines of kind eval, by step
+        self.finished = False
+        self.checkpoint: Path | None = None
+        with not_saved(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(self.path)
+            with self.closed_on_error():
+                self._open()
+
+    def _open(self) -> None:
+        resume = getattr(self.config, "resume", None)
+        self.finished = bool(resume) and (self.path / "final").is_dir()
+        self.checkpoint = _found(self.path, resume) if resume and not self.finished else None
+        if self.finished:
+            self.close()
+        elif not self.checkpoint:
+            self._begin(going_on=bool(resume))
+            self._show()
+
+    def _begin(self, going_on: bool) -> None:
+        """Remove what an earlier run has left, where that was asked for, and write what is known before the first
+        step."""
+        config = self.config
+        if (self.path / "config.yaml").exists() and not (going_on or config.overwrite):
+            raise Refused(f"--output_dir {self.path}: holds a run; --resume goes on with it, --overwrite deletes it")
+        # Config and provenance are not among them: they say that the rest is a run's, and are replaced at a stroke.
+        for name in (*LOGS, *OTHERS, *([] if going_on else KEPT)):
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        lines = [line for line in as_yaml(config).splitlines() if line.split(":")[0] not in PASSING]
+        write_text(self.path / "config.yaml", "\n".join(lines) + "\n")
+        _write_json(self.path / "provenance.json", provenance(getattr(config, "seed", None)))
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Set later checkpoints aside, cut the logs to where they were, and note who goes on with the run.
+
+        Raises:
+            NotSaved: the disk is full, or gone.
+            Refused: a line of the log is not JSON.
+        """
+        with not_saved(self.path):
+            for later in checkpoints(self.path):
+                if step_of(later) > step_of(checkpoint):
+                    print(f"{later} is later: it is set aside as {set_aside(later).name}", file=sys.stderr)
+            for name, size in load_numbers(checkpoint)["logs"].items():
+                _cut(self.path / name, size)
+            self._note(step_of(checkpoint))
+            self._show()
+
+    def _note(self, step: int) -> None:
+        with suppress(OSError, ValueError):  # provenance that somebody has deleted is no reason to stop
+            begun = json.loads((self.path / "provenance.json").read_text())
+            again = {"after_step": step, **provenance(getattr(self.config, "seed", None))}
+            _write_json(self.path / "provenance.json", {**begun, "resumed": [*begun.get("resumed", []), again]})
+
+    def _show(self) -> None:
+        """Open the trackers, and tell them what the logs hold."""
+        self.trackers = Trackers(self.path, self.config)
+        try:
+            lines = read_jsonl(self.path / "log.jsonl")
+        except ValueError as error:
+            raise Refused(f"{error}; the run can go on without the line") from error
+        for record in lines:
+            self._remember(record)
+        self.trackers.completions_of(self.path / "completions.jsonl")
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has no word for them."""
+        now = datetime.now(timezone.utc).isoformat()
+        record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
+        append_jsonl(self.path / "log.jsonl", [record])
+        self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "eval":
+            self.evaluations[record["step"]] = record
+        if self.trackers:
+            self.trackers.log(record)
+
+    def show(self, completion: dict[str, Any]) -> None:
+        """Show a record of completions.jsonl in TensorBoard and its like."""
+        if self.trackers:
+            self.trackers.completion(completion)
+
+    def sizes(self) -> dict[str, int]:
+        """The length of each log in bytes."""
+        paths = {name: self.path / name for name in LOGS}
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+
+    def to_disk(self) -> None:
+        """Force the logs to the disk: a checkpoint counts on them."""
+        for name in LOGS:
+            if (self.path / name).exists():
+                to_disk(self.path / name)
+
+    def answers_path(self, step: int) -> Path:
+        """Where the answers of an evaluation are kept."""
+        return self.path / "heldout" / f"step-{step:06d}.jsonl"
+
+    def save_answers(self, step: int, answers: Iterable[dict[str, Any]]) -> None:
+        write_text(self.answers_path(step), "".join(_line(answer) for answer in answers))
+
+    def save_final(self, policy: Policy) -> Path:
+        """
+        Raises:
+            NotSaved: the disk is full, or gone.
+        """
+        return write_whole(self.path / "final", policy.save)
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """A block after which, if it fails, another run of this process may write here."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.trackers:
+            self.trackers.close(failed=sys.exc_info()[0] is not None)  # as in `closing`, while an exception passes
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def fresh_folder(kind: str) -> Path:
+    """runs/<kind>-<time>, with a number where two runs start within a second."""
+    name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 100))]
+    return next(path for path in candidates if not path.exists())
+
+
+def _locked(run: Path) -> int | None:
+    """The descriptor of the folder, locked, which ends with this process however it ends; None where the file system
+    has no locks.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise Refused(f"--output_dir {run}: another process is writing to this run folder") from None
+    except OSError:  # some network and cloud drives
+        os.close(folder)
+        print(f"{run} cannot be locked on this file system: see to it that one process alone uses it", file=sys.stderr)
+        return None
+    return folder
+
+
+def _found(run: Path, name: str) -> Path | None:
+    """The checkpoint to go on from. None: there is none yet.
+
+    Raises:
+        Refused: the one that was named is damaged.
+    """
+    if name == NEWEST:
+        found = newest_whole(run, lambda text: print(text, file=sys.stderr))
+        if not found and (run / "config.yaml").exists():
+            print(f"{run} holds no whole checkpoint yet: the run begins anew", file=sys.stderr)
+        return found
+    found = run / "checkpoints" / name
+    try:
+        verify(found)
+    except Damaged as error:
+        raise Refused(f"--resume {found}: is damaged ({error}); --resume {run} takes the one before") from None
+    return found
+
+
+def _cut(log: Path, size: int) -> None:
+    """Shorten a log to its first `size` bytes, and to whole lines where somebody has shortened it already."""
+    there = log.stat().st_size if log.exists() else 0
+    if there < size:
+        print(f"{log} has lost {size - there} bytes since the checkpoint was written", file=sys.stderr)
+        size = log.read_bytes().rfind(b"\n") + 1 if there else 0
+    if log.exists():
+        os.truncate(log, size)
+
+
+def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """
+    Raises:
+        NotSaved: the disk is full, or gone.
+    """
+    with not_saved(path), path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(_line(_finite(record)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
