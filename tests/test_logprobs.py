@@ -207,3 +207,20 @@ def test_scoring_leaves_the_rows_unchanged() -> None:
     token_logprobs(policy, rows, 0.5)[0].sum().backward()
     after = rows.ids_NL, rows.prompt_len_N, rows.completion_len_N
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_gradient_is_added_up_in_an_order_that_depends_on_the_threads(family: Family) -> None:
+    """Indexing's backward pass adds with atomic operations where several threads run it, and the prompt's last token,
+    from which all completions of a group begin, collects a sum: the bits would differ from run to run."""
+    policy = tiny_policy(family)
+    logp_NT, _ = token_logprobs(policy, random_rows(policy))
+    seen, waiting = set(), [logp_NT.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert any(name.startswith("IndexSelect") for name in names)
+    assert not [name for name in names if name.startswith(("IndexBackward", "IndexPut", "TakeBackward"))]

@@ -49,7 +49,7 @@ def token_logprobs(
     with policy.precision.autocast():
         inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
         hidden_RLD = backbone(**inputs, use_cache=False).last_hidden_state
-    hidden_MD = hidden_RLD.flatten(0, 1)[packed.predictor_M]  # padding and prompts cost the head nothing
+    hidden_MD = hidden_RLD.flatten(0, 1).index_select(0, packed.predictor_M)  # prompts and padding skip the head
     mask_NT = rows.mask_NT
     logp_M, entropy_M = _scores(logits_of, hidden_MD, rows.completion_NT[mask_NT], policy, temperature, entropy)
     nothing_NT = torch.zeros(mask_NT.shape, dtype=logp_M.dtype, device=logp_M.device)
