@@ -71,7 +71,9 @@ def no_such_flag(flag: str, known: Iterable[str]) -> NoReturn:
     """
     name = flag.split("=")[0]
     near = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+    raise ValueError(
+        f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help all lists every flag")
+    )
 
 
 def program() -> str | None:

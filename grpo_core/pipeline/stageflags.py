@@ -86,7 +86,7 @@ def given_in(tokens: Sequence[str], typed: bool) -> list[Given]:
         elif found:
             found[-1].tokens.append(token)
         else:
-            raise ValueError(f"{token}: expected a flag; --help lists them")
+            raise ValueError(f"{token}: expected a flag; --help all lists every flag")
     return found
 
 
