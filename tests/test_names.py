@@ -275,8 +275,7 @@ def test_help_is_a_screen_that_ends_in_how_to_see_every_flag(
             MAINS[program](line.split())
         told[line] = capsys.readouterr().out
     assert told["--help"] == told["-h"] and told["--help all"] == told["-h all"]
-    lines = told["--help"].splitlines()
-    assert len(lines) <= 50 and lines[-1] == "`--help all` lists every flag."
+    assert len(lines := told["--help"].splitlines()) <= 50 and lines[-1] == "`--help all` lists every flag."
     assert set(re.findall(r"^  (--\w+)", told["--help"], re.MULTILINE)) <= set(re.findall(r"--\w+", told["--help all"]))
 
 
