@@ -18,13 +18,13 @@ Needs the extra `trl`.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import sys
 import tempfile
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,27 +34,35 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.workload import names, with_start, workload
+from grpo_core.config import GRPOConfig
 from rewards.tables import markdown
-from sft_core.cli import user_errors
+from sft_core.cli import parser_of, user_errors
+from sft_core.helptext import Help, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare_trl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = Parser(
+        [],
+        prog="python -m benchmarks.compare_trl",
+        description=__doc__,
+        formatter_class=Help,
+        allow_abbrev=False,
+        others=[parser_of(GRPOConfig)],
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth combination")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables as Markdown, too")
     parser.add_argument("--speed", metavar="WORKLOAD", choices=names(), help="time a workload: " + ", ".join(names()))
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="--speed: timed pairs of steps (20)")
-    parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="--speed: pairs before them (2)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="--speed: timed pairs of steps")
+    parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="--speed: pairs before them")
     parser.add_argument("--same_allocator", action="store_true", help="--speed: TRL's process keeps freed memory, too")
-    options, flags = parser.parse_known_args(argv)
-    if flags and not options.speed:
-        parser.error(f"{flags[0]}: no such flag")
-    for name, least in (("every", 1), ("steps", 1), ("warm_up", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"argument --{name}: {getattr(options, name)}: expected {least} or more")
+    with user_errors():
+        options, flags = parser.parse_known_args(argv)
+        if flags and not options.speed:
+            parser.unknown(flags)
+        for name, least in (("every", 1), ("steps", 1), ("warm_up", 0)):
+            if getattr(options, name) < least:
+                parser.error(f"--{name} {getattr(options, name)}: expected {least} or more")
     if find_spec("trl") is None:
         print("error: the comparison needs trl: pip install -c constraints.txt '.[trl]'", file=sys.stderr)
         return 2
@@ -93,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if over else 0
 
 
-def timed(options: argparse.Namespace, flags: Sequence[str]) -> None:
+def timed(options: Namespace, flags: Sequence[str]) -> None:
     """Run both sides in alternation, print the report, and write it where asked."""
     from benchmarks.speed.alternation import alternate
     from benchmarks.speed.report import report, save

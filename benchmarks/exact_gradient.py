@@ -14,6 +14,7 @@ import torch
 from benchmarks.exact.kl import kl_losses, kl_values, off_policy, variants
 from benchmarks.exact.rewards import difficulty, length_bias, normalisers, scaled, truncation, unscaled
 from benchmarks.exact.table import block
+from rewards.terminal import Arguments, user_errors
 
 BLOCKS = (
     unscaled,
@@ -52,6 +53,8 @@ def provenance() -> str:
 
 
 if __name__ == "__main__":
+    with user_errors():
+        Arguments("python -m benchmarks.exact_gradient", description=__doc__).parse_args()
     torch.set_num_threads(1)
     print(report())
     print(provenance())

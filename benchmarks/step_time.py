@@ -7,7 +7,6 @@ grpo_core.train may follow the workload: `python -m benchmarks.step_time qwen-0.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -27,10 +26,12 @@ from benchmarks.machine import measured as ceilings_of
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.roofline import phases
 from benchmarks.workload import Steps, names, with_start, workload
+from grpo_core.config import GRPOConfig
 from grpo_core.memory.forecast import GB, Lengths
 from grpo_core.step import StepReport
 from rewards.tables import markdown
-from sft_core.cli import user_errors
+from sft_core.cli import parser_of, user_errors
+from sft_core.helptext import Help, Parser
 from sft_core.learn.clock import now
 from sft_core.model.shapes import shapes_of
 from sft_core.model.source import find_source
@@ -134,17 +135,22 @@ def _mean_length(reports: Sequence[StepReport], name: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = Parser(
+        [],
+        prog="python -m benchmarks.step_time",
+        description=__doc__,
+        formatter_class=Help,
+        allow_abbrev=False,
+        others=[parser_of(GRPOConfig)],
     )
     parser.add_argument("workload", choices=names(), metavar="WORKLOAD", help=", ".join(names()))
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps (5)")
-    parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="steps before them (2)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps")
+    parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="steps before them")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report as Markdown, too")
-    options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if options.steps < 1 or options.warm_up < 0:
-        parser.error("--steps: expected 1 or more; --warm_up: 0 or more")
     with user_errors(), tempfile.TemporaryDirectory() as folder:
+        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        if options.steps < 1 or options.warm_up < 0:
+            parser.error("--steps: expected 1 or more; --warm_up: 0 or more")
         config = workload(options.workload, ["--max_steps", str(options.steps + options.warm_up), *flags])
         steps = Steps.of(with_start(config, Path(folder)))
         clock, reports, whole = measured(steps, options.steps, options.warm_up)

@@ -42,14 +42,16 @@ class AskConfig(ModelConfig, PromptConfig):
     """Questions to one model."""
 
     model: str = flag("", "a run folder, its final/ or a checkpoint, a model or adapter folder, a hub name")
-    question: list[str] = flag([], "ask this, or these, and leave; else --questions, else what is typed or piped in")
-    questions: str = flag("", "a JSONL file of them: column question, and answer (ending in #### N) where it is known")
-    max_completion_tokens: int = flag(256, "the longest answer in tokens")
-    temperature: float = flag(0.0, "0: the likeliest token each time; more: drawn")
-    samples: int = flag(1, "answers drawn to each question, of which the most frequent number is taken (maj@k)")
-    seed: int = flag(42, "of what is drawn")
+    question: list[str] = flag([], "ask these and exit; default: --questions, else what is typed or piped in")
+    questions: str = flag(
+        "", "a JSONL file of questions: a column question, and answer (ending in #### N) if it is known"
+    )
+    max_completion_tokens: int = flag(256, "longest answer in tokens")
+    temperature: float = flag(0.0, "0: greedy; above 0: sampled at this temperature")
+    samples: int = flag(1, "answers sampled for each question; the most frequent number is taken (maj@k)")
+    seed: int = flag(42, "random seed of the sampling")
     append_to: str | None = flag(
-        None, f"the JSONL file that answers are appended to; default: {KEPT} in the run folder, else here; '': none"
+        None, f"JSONL file to append answers to; default: {KEPT} in the run folder, else here; '': none"
     )
 
     def check(self) -> None:
@@ -66,11 +68,11 @@ class AskConfig(ModelConfig, PromptConfig):
             self.samples == 1 or self.temperature > 0,
             "samples",
             self.samples,
-            "1 at --temperature 0: all would be alike",
+            "1 at --temperature 0: all would be the same",
         )
         folder = Path(self.append_to or ".").parent
         free = folder.is_dir() and not (self.append_to and Path(self.append_to).is_dir())
-        require(free, "append_to", self.append_to, "a file, in a folder that is there")
+        require(free, "append_to", self.append_to, "a file in an existing folder")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class AskJob:
         if self.kept:
             print(f"answers are appended to {self.kept}, those without a number to {self.unanswered.name}")
         if typing:
-            print("one question a line; Ctrl-C stops an answer, Ctrl-D leaves")
+            print("one question per line; Ctrl-C stops an answer, Ctrl-D exits")
         set_seed(self.config.seed)
         asked = correct = known = 0
         for question in self.questions or (typed() if typing else piped()):

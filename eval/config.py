@@ -1,4 +1,4 @@
-"""What can be set of an evaluation."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sft_core.errors import require
 
 @dataclass(frozen=True)
 class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
-    """Greedy evaluation, and samples beside it where they are asked for."""
+    """Greedy evaluation, with samples as well if --samples is given."""
 
-    batch_size: int = flag(32, "completions drawn at once")
-    samples: int = flag(0, "samples of each problem beside the greedy answer, for pass@k and maj@k; 0: none")
-    temperature: float = flag(1.0, "at which they are drawn (1: GRPO's own default)")
-    seed: int = flag(42, "of the samples")
-    max_completion_tokens: int = flag(256, "completion budget; a completion that reaches it counts as truncated")
+    batch_size: int = flag(32, "completions generated at a time")
+    samples: int = flag(0, "samples per problem in addition to the greedy answer, for pass@k and maj@k; 0: none")
+    temperature: float = flag(1.0, "sampling temperature of --samples (1: GRPO's default)")
+    seed: int = flag(42, "random seed of the samples")
+    max_completion_tokens: int = flag(256, "longest completion in tokens; one that reaches it counts as truncated")
     tensorboard: bool = flag(False, "write TensorBoard events")
 
     def check(self) -> None:
@@ -26,7 +26,7 @@ class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(self.samples >= 0, "samples", self.samples, "0 or more")
         require(
-            self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is there already"
+            self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is evaluated anyway"
         )
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")

@@ -43,12 +43,14 @@ class ExportConfig:
     """One model out of a run folder, a model or adapter folder, or the hub."""
 
     model: str = flag("", "a run folder, its final/ or a checkpoint, a model or adapter folder, a hub name")
-    adapter_path: str | None = flag(None, "a LoRA adapter on --model")
-    merge: bool = flag(False, "add a LoRA adapter to its base: a model that stands by itself")
+    adapter_path: str | None = flag(None, "a LoRA adapter to load onto --model")
+    merge: bool = flag(False, "merge a LoRA adapter into its base model")
     output: str = flag("", "a new folder for the export")
-    zip: str = flag("", "a new file: the export as one zip")
-    push_to_hub: str = flag("", "OWNER/NAME: upload the export there, with a model card (needs HF_TOKEN or a login)")
-    private: bool = flag(False, "with --push_to_hub: a new repository there is for nobody but you")
+    zip: str = flag("", "a new .zip file for the export")
+    push_to_hub: str = flag(
+        "", "OWNER/NAME: upload the export to this hub repository, with a model card (needs HF_TOKEN or a login)"
+    )
+    private: bool = flag(False, "with --push_to_hub: make a new repository private")
 
     def check(self) -> None:
         require(self.model not in ("", "tiny"), "model", self.model or "''", "a run folder, a model or a hub name")
@@ -61,9 +63,11 @@ class ExportConfig:
         for name in ("output", "zip"):
             path = Path(getattr(self, name))
             free = not path.exists() or (name == "output" and path.is_dir() and not any(path.iterdir()))
-            require(not getattr(self, name) or free, name, path, "a path that is free: nothing is overwritten")
+            require(
+                not getattr(self, name) or free, name, path, "a path that does not exist yet: nothing is overwritten"
+            )
             blocked = any(parent.exists() and not parent.is_dir() for parent in path.parents)
-            require(not blocked, name, path, "a path below folders; there is a file on the way")
+            require(not blocked, name, path, "a path inside folders; one of its parents is a file")
         require(not self.zip or Path(self.zip).suffix == ".zip", "zip", self.zip, "a name that ends in .zip")
 
 

@@ -58,46 +58,49 @@ USED_BY = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is maximised. The defaults are DAPO's loss without its other parts; TRL's names where it has the option."""
+    """The objective. The defaults are DAPO's loss without DAPO's other techniques."""
 
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "vespo"] = flag(
-        "dapo", "a published loss: a ratio level, a token loss and an aggregation (LOSSES in grpo_core/config.py)"
+        "dapo", "a published loss (LOSSES in grpo_core/config.py)"
     )
     ratio_level: Literal["token", "sequence"] | None = flag(
-        None, "whose probability ratio: each token's, or the completion's geometric mean; default: the --loss's"
+        None, "probability ratio of each token, or the geometric mean over the completion; default: --loss's"
     )
     token_loss: Literal["clip", "cispo", "sapo", "vespo"] | None = flag(
-        None, "what a token contributes (see grpo_core/objective.py and variants.py); default: the --loss's"
+        None, "what a token contributes (grpo_core/objective.py and variants.py); default: --loss's"
     )
     aggregation: Literal["token_mean", "sequence_mean", "constant_length", "sequence_sum"] | None = flag(
-        None, "what a token weighs (token_weights in grpo_core/objective.py); default: the --loss's"
+        None, "the weight of a token (token_weights in grpo_core/objective.py); default: --loss's"
     )
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "advantages are divided by the group's spread, the batch's, or nothing (Dr. GRPO)"
+        "group", "divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)"
     )
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = flag(
-        "sum_then_normalize", "add reward functions up before or after normalising each (after: GDPO)"
+        "sum_then_normalize", "sum the rewards before or after normalizing each function's (after: GDPO)"
     )
-    epsilon_low: float = flag(0.2, "clip: the ratio is clipped at 1 - this (PPO; GSPO uses 3e-4)")
-    epsilon_high: float = flag(0.2, "clip, CISPO: ... and at 1 + this (PPO; DAPO uses 0.28, GSPO 4e-4)")
-    delta: float = flag(0.0, "clip: the ratio's bound where a bad token became likelier (INTELLECT-2: 4); 0: none")
-    sapo_temperature_pos: float = flag(1.0, "SAPO's gate for positive advantages (the paper's)")
-    sapo_temperature_neg: float = flag(1.05, "SAPO's gate for the others (the paper's)")
-    vespo_k_pos: float = flag(2.0, "VESPO's power of the ratio for advantages of 0 and more (TRL)")
-    vespo_lambda_pos: float = flag(3.0, "VESPO's exponential decay there (TRL)")
-    vespo_k_neg: float = flag(3.0, "VESPO's power of the ratio for negative advantages (TRL)")
-    vespo_lambda_neg: float = flag(2.0, "VESPO's exponential decay there (TRL)")
-    beta: float = flag(0.0, "weight of the KL to the frozen reference (DeepSeekMath: 0.04); 0: none is held (TRL)")
+    epsilon_low: float = flag(0.2, "clip: the ratio's lower bound is 1 - this (PPO; GSPO uses 3e-4)")
+    epsilon_high: float = flag(0.2, "clip, CISPO: the ratio's upper bound is 1 + this (PPO; DAPO uses 0.28, GSPO 4e-4)")
+    delta: float = flag(0.0, "clip: upper bound of the ratio at negative advantages (INTELLECT-2: 4); 0: none")
+    sapo_temperature_pos: float = flag(1.0, "SAPO's gate temperature for positive advantages (as in the paper)")
+    sapo_temperature_neg: float = flag(1.05, "SAPO's gate temperature for the others (as in the paper)")
+    vespo_k_pos: float = flag(2.0, "VESPO: power of the ratio at advantages of 0 or more (TRL)")
+    vespo_lambda_pos: float = flag(3.0, "VESPO: exponential decay at advantages of 0 or more (TRL)")
+    vespo_k_neg: float = flag(3.0, "VESPO: power of the ratio at negative advantages (TRL)")
+    vespo_lambda_neg: float = flag(2.0, "VESPO: exponential decay at negative advantages (TRL)")
+    beta: float = flag(0.0, "KL coefficient (DeepSeekMath: 0.04); 0: no reference model (TRL)")
     kl_correction: bool = flag(False, "multiply the KL by the ratio (DeepSeek-V3.2; TRL's use_bias_correction_kl)")
-    ref_sync_every: int = flag(0, "optimizer steps between moves of the reference towards the policy; 0: frozen")
-    ref_sync_mix: float = flag(0.6, "how far it moves: this share of the policy (TR-DPO)")
-    mask_truncated: bool = flag(False, "leave completions that the budget cut off out of the loss (DAPO)")
+    ref_sync_every: int = flag(0, "optimizer steps between updates of the reference model; 0: it stays frozen")
+    ref_sync_mix: float = flag(0.6, "share of the policy in the updated reference (TR-DPO)")
+    mask_truncated: bool = flag(False, "exclude truncated completions from the loss (DAPO)")
     top_entropy: float = flag(
-        1.0, "the advantage acts on this share of the tokens, of highest entropy ('80/20': 0.2; a further forward pass)"
+        1.0,
+        "train on this share of the tokens, those of highest entropy ('80/20': 0.2; one more forward pass)",
     )
     entropy_coef: float = flag(0.0, "weight of a bonus on the mean token entropy; 0: none")
     off_policy_threshold: float = flag(
-        0.0, "drop rows of negative advantage that the policy has left by more nats a token (DeepSeek-V3.2); 0: none"
+        0.0,
+        "mask rows of negative advantage whose KL from the sampling policy exceeds this per token, in nats "
+        "(DeepSeek-V3.2); 0: none",
     )
 
     @property
@@ -135,14 +138,14 @@ class ObjectiveConfig:
             not self.ref_sync_every or self.beta > 0,
             "ref_sync_every",
             self.ref_sync_every,
-            "0 where --beta is 0: there is no reference to move",
+            "0 if --beta is 0: there is no reference model to update",
         )
-        require(not self.kl_correction or self.beta > 0, "kl_correction", self.kl_correction, "False where --beta is 0")
+        require(not self.kl_correction or self.beta > 0, "kl_correction", self.kl_correction, "False if --beta is 0")
         require(
             self.reward_aggregation == "sum_then_normalize" or self.scale_rewards == "group",
             "scale_rewards",
             self.scale_rewards,
-            "group: --reward_aggregation normalize_then_sum divides by the spreads of groups, then of the batch",
+            "group: normalize_then_sum divides by the group's standard deviation, then by the batch's",
         )
         kind = self.objective.token_loss
         for name, kinds in USED_BY.items():
@@ -159,37 +162,38 @@ class ObjectiveConfig:
 class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfig):
     """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them in micro-batches."""
 
-    prompts_per_step: int = flag(4, "B: prompts in a step (4 x 8 completions: what a T4 samples at once)")
-    group_size: int = flag(8, "G: completions sampled for each prompt (8: TRL; DeepSeekMath sampled 64)")
-    max_completion_tokens: int = flag(
-        256, "completion budget in tokens (256: most GSM8K solutions fit, and so does a T4)"
+    prompts_per_step: int = flag(4, "B: prompts per step (4 x 8 completions fit a T4)")
+    group_size: int = flag(8, "G: completions per prompt (8: TRL; DeepSeekMath used 64)")
+    max_completion_tokens: int = flag(256, "longest completion in tokens")
+    temperature: float = flag(1.0, "sampling temperature; also applied to the learner's log-probabilities (1: TRL)")
+    top_k: int = flag(0, "sample from the k most likely tokens; 0: all (the learner scores the full distribution)")
+    top_p: float = flag(1.0, "sample from the most likely tokens whose probabilities sum to this; 1: all")
+    min_p: float = flag(
+        0.0, "sample from tokens with at least this share of the most likely token's probability; 0: all"
     )
-    temperature: float = flag(1.0, "sampling temperature, for the learner's log-probabilities too (1: TRL)")
-    top_k: int = flag(0, "sample among so many likeliest tokens; 0: all (the learner scores the uncut distribution)")
-    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability; 1: all")
-    min_p: float = flag(0.0, "sample among tokens of at least this share of the likeliest one's probability; 0: all")
-    rewards: list[str] = flag(["correctness_reward_func"], "reward functions by name, or my_module:my_reward")
-    reward_weights: list[float] = flag([], "a weight for each reward function; none: all 1")
+    rewards: list[str] = flag(["correctness_reward_func"], "names of reward functions, or my_module:my_reward")
+    reward_weights: list[float] = flag([], "one weight per reward function; none: all 1")
     reward_timeout: float = flag(
-        300.0, "seconds that one reward function may take for a step's completions; 0: no limit (slow judges: more)"
+        300.0, "seconds that one reward function may take per step; 0: no limit (raise it for slow judges)"
     )
     overlong_buffer: int = flag(
-        0, "tokens before the budget's end over which soft_overlong_reward_func falls to -1; 0: a fifth (DAPO)"
+        0, "last tokens of the completion budget, over which soft_overlong_reward_func falls to -1; 0: a fifth (DAPO)"
     )
     dynamic_sampling: int = flag(
-        0, "times that groups of equal rewards are replaced by groups of further prompts (DAPO); 0: never"
+        0, "how often groups of equal rewards are replaced by groups of new prompts (DAPO); 0: never"
     )
     mu: int = flag(
         1,
-        "optimizer steps on each batch of samples (1: DeepSeekMath, TRL). At 1 the ratio is 1: nothing is ever clipped",
+        "optimizer steps per batch of completions (1: DeepSeekMath, TRL); at 1 the ratio is 1 and nothing is clipped",
     )
-    shuffle_rewards: bool = flag(False, "control experiment: deal the step's rewards out to its rows at random")
-    eval_batch_size: int = flag(64, "completions of held-out problems drawn at once")
+    shuffle_rewards: bool = flag(False, "control experiment: shuffle the step's rewards among its rows")
+    eval_batch_size: int = flag(64, "held-out completions generated at a time")
     eval_samples: int = flag(
-        0, "samples of each held-out problem beside the greedy answer, at --temperature, for pass@k and maj@k; 0: none"
+        0,
+        "samples per held-out problem besides the greedy answer, at --temperature, for pass@k and maj@k; 0: none",
     )
     record_tokens: bool = flag(
-        True, "write each sampled token with its log-probability to tokens.jsonl, for benchmarks.browse"
+        True, "write every sampled token and its log-probability to tokens.jsonl, for benchmarks.browse"
     )
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
 
@@ -209,7 +213,10 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             "2 or more: a completion is judged against the others of its group",
         )
         require(
-            self.temperature > 0, "temperature", self.temperature, "more than 0: a group of greedy answers is all alike"
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "more than 0: greedy answers of a group are all the same",
         )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
@@ -227,13 +234,13 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
                 self.mu > 1 or not getattr(self, name),
                 name,
                 getattr(self, name),
-                "0 where --mu is 1: it acts on what earlier updates of the same batch have moved",
+                "0 if --mu is 1: it only acts after an earlier update on the same batch",
             )
         require(
             not (self.dynamic_sampling and self.shuffle_rewards),
             "dynamic_sampling",
             self.dynamic_sampling,
-            "0 with --shuffle_rewards: the control would choose its groups by shuffled rewards",
+            "0 with --shuffle_rewards: the control would select groups by shuffled rewards",
         )
         require(
             not (self.lora or self.adapter_path) or not self.ref_sync_every or self.ref_sync_mix == 1,

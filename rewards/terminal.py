@@ -12,9 +12,39 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+HELP = "show this help, or the help of all flags"
+ALL = "`--help all` lists every flag."
+
+
+class _Help(argparse.Action):
+    """--help, and --help all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.every = values == "all"
+        parser.print_help()
+        parser.exit()
+
 
 class Arguments(argparse.ArgumentParser):
     """A parser whose errors are exceptions of one line that name the nearest known flag."""
+
+    every = False  # whether the help that is asked for is that of every flag
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "add_help": False})
+        self.add_argument(
+            "-h",
+            "--help",
+            action=_Help,
+            nargs="?",
+            choices=["all"],
+            metavar="all",
+            default=argparse.SUPPRESS,
+            help=HELP,
+        )
+
+    def format_help(self) -> str:
+        return super().format_help() + ("" if self.every else f"\n{ALL}\n")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))  # without the flag's second spelling
@@ -41,7 +71,9 @@ def no_such_flag(flag: str, known: Iterable[str]) -> NoReturn:
     """
     name = flag.split("=")[0]
     near = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+    raise ValueError(
+        f"{name}: no such flag" + (f"; did you mean {near[0]}?" if near else "; --help all lists every flag")
+    )
 
 
 def program() -> str | None:

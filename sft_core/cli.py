@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from transformers import HfArgumentParser
 
-from rewards.terminal import Arguments, program, quiet_ends
 from rewards.terminal import no_such_flag as no_such_flag
+from rewards.terminal import program, quiet_ends
 from rewards.terminal import user_errors as user_errors  # every program's, with or without torch
 from sft_core.config import FREE_ON_RESUME, NEWEST
+from sft_core.helptext import Help, Parser
+from sft_core.names import Known, known_names, own_flags, own_keys
 from sft_core.run.checkpoint import NotSaved, is_checkpoint
 
 ConfigT = TypeVar("ConfigT")
@@ -34,32 +35,6 @@ ENVIRONMENT = """environment: MODEL_NAME sets --model, OUTPUT_DIR sets --output_
 where OUTPUT_DIR does not; each above a preset and below --config and flags."""
 
 
-class Parser(Arguments, HfArgumentParser):
-    """A config class's flags, with errors of one line."""
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """One spelling of each flag, what turns a switch off beside it, and defaults where there is something to say."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
-        if action.const is True:
-            return ", ".join([*flags, *(f"--no_{action.dest}" for _ in flags[:1] if action.default is True)])
-        values = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(flags or action.option_strings)} {values}".rstrip()
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        several = action.nargs == "+" and isinstance(action.option_strings, list) and action.option_strings
-        return f"{default_metavar} ..." if several else super()._format_args(action, default_metavar)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
-        if default is None or default is False or default in ("", [], argparse.SUPPRESS) or "default:" in text:
-            return text
-        default = " ".join(map(str, default)) if isinstance(default, list) else default
-        return text + f" (default: {str(default).replace('%', '%%')})"
-
-
 def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None = None) -> Parser:
     """The parser of a config class; `names` are those of its presets."""
     parser = Parser(
@@ -67,7 +42,7 @@ def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None =
         prog=program(),
         formatter_class=Help,
         allow_abbrev=False,
-        usage="%(prog)s [--preset NAME] [--config FILE] [--flag value ...]",
+        usage="%(prog)s [--help [all]] [--preset NAME] [--config FILE] [--flag value ...]",
         description=sys.modules[cls.__module__].__doc__,
         epilog=ENVIRONMENT,
     )
@@ -116,9 +91,11 @@ def parse_config(
             --resume of a run that was begun with other values.
     """
     parser = parser_of(cls, preset_names(presets), default_preset)
-    outer = from_environment(environ or {})
+    outer, typed = from_environment(environ or {}), argv
+    argv = own_flags(typed, fields_of(cls))
     given, _ = parser.parse_known_args([*as_flags(outer), *argv])
     file = _read_file(given.config, parser, cls) if given.config else {}
+    argv = own_flags(typed, fields_of(cls), keys_set_in(given.config))
     if getattr(given, "resume", None) not in (None, NEWEST):
         outer.pop("output_dir", None)  # the run is named already
     given, _ = parser.parse_known_args([*as_flags({**outer, **file}), *argv])
@@ -127,7 +104,7 @@ def parse_config(
         f"--{name}" in named and getattr(given, name) != built_in
         for name, built_in in (("model", "tiny"), ("task", "arithmetic"))
     )
-    run, resumed = _run_to_go_on_with(given)
+    run, resumed = _run_to_continue(given)
     preset = getattr(given, "preset", None) or (None if own_job or run else default_preset)
     values: dict[str, Any] = dict(settings or {})
     begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
@@ -150,9 +127,9 @@ def parse_config(
     in_force = {name: value for name, value in outer.items() if getattr(config, name) == value}
     say_environment(in_force)
     if getattr(config, "dry_run", False):
-        typed = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
+        flags = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
         beneath = given.config or (run if run and not preset else None)
-        print(f"settings: {told_layers(preset, in_force, beneath, typed)}")
+        print(f"settings: {told_layers(preset, in_force, beneath, flags)}")
     return config
 
 
@@ -194,7 +171,7 @@ def say_environment(in_force: Mapping[str, str]) -> None:
         print(f"set by the environment (MODEL_NAME, OUTPUT_DIR, RUN_NAME): {said}", file=sys.stderr)
 
 
-def _run_to_go_on_with(given: Any) -> tuple[Path | None, dict[str, str]]:
+def _run_to_continue(given: Any) -> tuple[Path | None, dict[str, str]]:
     """The run folder that --resume means, where there is a run in it, and what the flag sets."""
     wanted, folder = getattr(given, "resume", None), getattr(given, "output_dir", "")
     if wanted is None:
@@ -210,7 +187,7 @@ def _run_to_go_on_with(given: Any) -> tuple[Path | None, dict[str, str]]:
     if name != NEWEST and not (Path(wanted).is_dir() and is_checkpoint(Path(wanted))):
         raise ValueError(f"--resume {wanted}: no such checkpoint; --resume {path} takes the newest")
     if folder and Path(folder).resolve() != path.resolve():
-        raise ValueError(f"--resume {wanted}: is not in --output_dir {folder}; a run goes on in its own folder")
+        raise ValueError(f"--resume {wanted}: is not in --output_dir {folder}; a run continues in its own folder")
     return path, {"resume": name, "output_dir": str(path)}
 
 
@@ -229,17 +206,21 @@ def same_run(config: Any, begun: Any, run: Path) -> None:
 
 
 def _read_file(path: Path, parser: Parser, cls: type) -> dict[str, Any]:
-    values = read_yaml(path)
-    known = [f.name for f in dataclasses.fields(cls)]
+    values, known = read_own(path, fields_of(cls)), [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key), [*known, *known_names(known)], n=1)
             raise ValueError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         parser.parse_known_args(as_flags(values))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
     return values
+
+
+def fields_of(cls: type) -> dict[str, list[str]]:
+    """A program's fields as `sft_core.names` asks for them."""
+    return {"": [field.name for field in dataclasses.fields(cls)]}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -257,6 +238,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected `flag: value` lines")
     return values
+
+
+def read_own(path: Path, known: Known) -> dict[str, Any]:
+    """The lines of a --config file by this project's names.
+
+    Raises:
+        ValueError: as `read_yaml` and `own_keys`.
+    """
+    values = read_yaml(path)
+    try:
+        return own_keys(values, known)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
+def keys_set_in(path: Path | None) -> list[str]:
+    """The keys to which a --config file gives a value, as they stand there."""
+    return [str(key) for key, value in read_yaml(path).items() if value is not None] if path else []
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

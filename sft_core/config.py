@@ -1,4 +1,4 @@
-"""What can be set, in parts that the configs of SFT, GRPO and evaluation are put together from; a field is a flag."""
+"""Settings, in parts that the configs of SFT, GRPO and evaluation are built from. Each field is a flag."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def flag(default: Any, help: str, *aliases: str) -> Any:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How a question is put."""
+    """How a question becomes a prompt."""
 
-    prompt_format: Literal["xml", "hash"] = flag("xml", "answers as <reasoning>/<answer> tags, or ending in #### N")
+    prompt_format: Literal["xml", "hash"] = flag("xml", "answers in <reasoning>/<answer> tags, or ending in #### N")
     shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
-    system_prompt: str | None = flag(None, "replaces the format's own; '' sends none (chat templates may add theirs)")
-    max_prompt_tokens: int = flag(256, "the longest prompt")
+    system_prompt: str | None = flag(
+        None, "replaces the format's system prompt; '' sends none (chat templates may add their own)"
+    )
+    max_prompt_tokens: int = flag(256, "the longest prompt, in tokens")
 
     def check(self) -> None:
         require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
@@ -39,22 +41,22 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class TaskConfig(PromptConfig):
-    """What is learned or asked."""
+    """The problems to train or evaluate on."""
 
-    task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in, endless), or the path of a JSONL file")
+    task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in), or a JSONL file")
     eval_file: str | None = flag(
         None,
-        "JSONL of held-out problems for a JSONL task; without one training holds out the task's last rows, and eval "
-        "asks the task's own first ones",
+        "held-out problems (JSONL) for a JSONL task; without it, training holds out the task's last rows, and eval "
+        "takes its first ones",
     )
-    difficulty: int = flag(3, "arithmetic: the most operations in a problem (the fewest is one less)")
-    max_samples: int = flag(0, "use only the first so many training problems; 0: all")
+    difficulty: int = flag(3, "arithmetic: the largest number of operations in a problem (the smallest is one less)")
+    max_samples: int = flag(0, "use only the first N training problems; 0: all")
     eval_problems: int = flag(
-        200, "how many held-out problems an evaluation asks; 0: all of a test split or --eval_file, and none otherwise"
+        200, "number of held-out problems in an evaluation; 0: all of a test split or --eval_file, otherwise none"
     )
     long_prompts: Literal["drop", "refuse"] = flag(
         "drop",
-        "prompts over --max_prompt_tokens are dropped, and counted, before training starts, or end the run there",
+        "prompts longer than --max_prompt_tokens: drop and count them before training starts, or refuse to start",
     )
 
     def check(self) -> None:
@@ -75,29 +77,35 @@ class TaskConfig(PromptConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Who learns or answers."""
+    """The model that is trained or asked."""
 
-    model: str = flag(
-        "Qwen/Qwen2.5-0.5B-Instruct", "hub name, model folder or adapter folder; 'tiny': the built-in one"
-    )
-    adapter_path: str | None = flag(None, "a LoRA adapter to load on --model (and to train further)")
-    from_scratch: bool = flag(False, "random weights in the shape of --model's config.json instead of its weights")
+    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub name, model or adapter folder; tiny: the built-in model")
+    adapter_path: str | None = flag(None, "a LoRA adapter to load onto --model (training continues it)")
+    from_scratch: bool = flag(False, "random weights with the shape in --model's config.json, instead of its weights")
     config_overrides: list[str] = flag([], "with --from_scratch: key=value pairs that replace entries of config.json")
-    lora: bool = flag(False, "train a new LoRA adapter instead of all weights (extra: lora)")
-    lora_r: int = flag(16, "LoRA rank (16: the presets' sources)")
-    lora_alpha: int = flag(32, "LoRA scale; the update is multiplied by alpha / r")
-    lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without any dropout")
-    lora_targets: list[str] = flag(["all-linear"], "names of the adapted layers; all-linear: all but the output head")
-    use_4bit: bool = flag(False, "the weights below a LoRA adapter in 4 bits (QLoRA's NF4; CUDA only, extra: quant)")
+    lora: bool = flag(False, "train a new LoRA adapter, not all weights (extra: lora)")
+    lora_r: int = flag(16, "LoRA rank (16: as in the projects that the presets come from)")
+    lora_alpha: int = flag(32, "LoRA scale: the update is multiplied by alpha / r")
+    lora_dropout: float = flag(0.0, "dropout before the adapter in SFT; GRPO trains without dropout")
+    lora_targets: list[str] = flag(
+        ["all-linear"], "names of the layers to adapt; all-linear: all except the output head"
+    )
+    use_4bit: bool = flag(
+        False, "keep the weights below a LoRA adapter in 4 bits (QLoRA's NF4; CUDA only, extra: quant)"
+    )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = flag("auto", "auto: bf16 where real, else fp16 on CUDA")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, 1.3x the time")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = flag(
+        "auto", "auto: bf16 if the hardware has it, else fp16 on CUDA, else float32"
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, 1.3x the time")
     share_prompts: bool = flag(True, "encode the prompt of a group once, in sampler and learner; same gradient")
-    logit_chunk: int = flag(2**26, "logits that exist at once in the learner (2**26: 256 MB); same gradient; 0: all")
-    rows_leave: bool = flag(True, "completions that have ended leave the batch while it is sampled; same distribution")
-    half_copies: bool = flag(True, "sampler and reference cast their matrices once, not at each use; same numbers")
+    logit_chunk: int = flag(
+        2**26, "how many logits the learner computes at a time (2**26: 256 MB); same gradient; 0: all"
+    )
+    rows_leave: bool = flag(True, "finished completions leave the batch during sampling; same distribution")
+    half_copies: bool = flag(True, "sampler and reference cast their matrices once, not per use; same numbers")
 
-    keep_freed_memory: bool = flag(True, "on a Linux CPU: freed memory stays with the process, for its next allocation")
+    keep_freed_memory: bool = flag(True, "on a Linux CPU, the process keeps freed memory for its next allocation")
 
     def check(self) -> None:
         require(
@@ -110,7 +118,7 @@ class ModelConfig:
             self.model != "tiny" or not (self.adapter_path or self.from_scratch),
             "model",
             self.model,
-            "a model folder or hub name, where --adapter_path or --from_scratch is given",
+            "a model folder or hub name if --adapter_path or --from_scratch is given",
         )
         require(
             self.from_scratch or not self.config_overrides,
@@ -139,26 +147,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights move: AdamW, a schedule, a bound on the gradient."""
+    """The optimizer: AdamW, a learning rate schedule, gradient clipping."""
 
-    lr: float = flag(1e-6, "peak learning rate (GRPO's default is TRL's; SFT wants 10 to 100 times as much)")
+    lr: float = flag(1e-6, "peak learning rate (1e-6: TRL's GRPO; SFT needs 10 to 100 times it)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag(
-        "linear", "decay to 0 after the warm-up, or none (linear: TRL)"
+        "linear", "decay to 0 after the warm-up; constant: no decay (linear: TRL)"
     )
-    warmup_ratio: float = flag(0.0, "share of the steps over which the learning rate rises from 0")
-    adam_beta1: float = flag(0.9, "AdamW's decay of the gradient mean (default: PyTorch's)")
-    adam_beta2: float = flag(0.999, "AdamW's decay of the squared gradient (default: PyTorch's)")
-    adam_epsilon: float = flag(1e-8, "AdamW's floor under the root of the squared gradient (default: PyTorch's)")
-    weight_decay: float = flag(0.0, "AdamW's decay of matrices; biases and norms are never decayed")
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm (1: TRL); 0: never")
-    max_skipped: int = flag(5, "so many steps in a row without a finite loss and gradient end the run")
-    max_steps: int = flag(0, "steps to train for; 0: as many as --epochs gives")
-    epochs: float = flag(1.0, "passes over the training problems where --max_steps is 0")
-    micro_batch: int = flag(8, "rows in one forward and backward pass; changes memory and speed, never the gradient")
+    warmup_ratio: float = flag(0.0, "share of the steps in which the learning rate rises from 0")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean gradient (PyTorch's default)")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the mean squared gradient (PyTorch's default)")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon, added to the denominator (PyTorch's default)")
+    weight_decay: float = flag(0.0, "AdamW's weight decay of matrices; biases and norms are never decayed")
+    max_grad_norm: float = flag(1.0, "clip the norm of the gradient to this (1: TRL); 0: no clipping")
+    max_skipped: int = flag(5, "the run ends after N steps in a row whose loss or gradient is not finite")
+    max_steps: int = flag(0, "steps to train for; 0: see --epochs")
+    epochs: float = flag(1.0, "passes over the training problems if --max_steps is 0")
+    micro_batch: int = flag(8, "rows per forward and backward pass; never changes the gradient")
     offload_optimizer: str = flag(
-        "", "keep AdamW's moments elsewhere between steps: cpu (for CUDA), or a folder for memory-mapped files"
+        "", "where AdamW's moments are kept between steps: cpu (for CUDA), or a folder for memory-mapped files"
     )
-    seed: int = flag(42, "of weights, data order, sampling")
+    seed: int = flag(42, "random seed of weights, data order and sampling")
 
     def check(self) -> None:
         require(self.lr > 0, "lr", self.lr, "more than 0")
@@ -182,7 +190,7 @@ class OptimConfig:
 
 NEWEST = "newest"  # what --resume without a value means
 PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a run is, so not in its config.yaml
-# What may differ when a run is gone on with: it moves no number of the training.
+# What may differ when a run is continued, because it changes no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
     *("push_to_hub", "private"),
@@ -196,15 +204,13 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Where a program leaves what it writes."""
+    """Where a program writes its files."""
 
-    output_dir: str = flag(
-        "", "the run folder; default: a new one under runs/, named by kind and time", "--output_path"
-    )
-    overwrite: bool = flag(False, "delete the run that is in --output_dir and begin anew")
-    dry_run: bool = flag(False, "load and check everything, say what would be done, and end; nothing is written")
+    output_dir: str = flag("", "the run folder; default: a new one under runs/", "--output_path")
+    overwrite: bool = flag(False, "delete the run in --output_dir and start again")
+    dry_run: bool = flag(False, "check everything, print what would be done, and write nothing")
     tensorboard: bool = flag(True, "write TensorBoard events")
-    progress: bool = flag(True, "draw progress bars")
+    progress: bool = flag(True, "show progress bars")
 
     def check(self) -> None:
         self._check_folder(going_on=False)
@@ -219,7 +225,7 @@ class FolderConfig:
             self.output_dir,
             "a folder that is new or empty; this one holds a run, which --overwrite deletes and --resume goes on with",
         )
-        # A run that was stopped in its first moments has left a config in the making.
+        # A run that was stopped in its first moments leaves an unfinished config.
         strangers = [name for name in found if not name.startswith("config.yaml")]
         require(
             (a_run or not strangers) and not (self.output_dir and folder.is_file()),
@@ -231,32 +237,32 @@ class FolderConfig:
             all(parent.is_dir() for parent in folder.parents if parent.exists()),
             "output_dir",
             self.output_dir,
-            "a path below folders; there is a file on the way",
+            "a path inside folders; one of its parents is a file",
         )
 
 
 @dataclass(frozen=True)
 class RunConfig(FolderConfig):
-    """A training run: what is logged and saved when. The run folder holds everything that it leaves behind."""
+    """A training run: what it logs and saves, and when. The run folder holds everything that it writes."""
 
     resume: str | None = flag(
         None,
-        "go on with the run in --output_dir from its newest whole checkpoint, or begin it where there is none; "
-        "--resume RUN: with that run; --resume RUN/checkpoints/step-000100: from that checkpoint",
+        "continue the run in --output_dir from its newest checkpoint (start it if there is none), a RUN, or "
+        "RUN/checkpoints/step-000100",
     )
     log_every: int = flag(1, "steps between log lines")
-    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: only at the end (GRPO: and before)")
+    eval_every: int = flag(0, "steps between evaluations on held-out problems; 0: at the end (GRPO: and at the start)")
     save_every: str = flag(
-        "10m", "steps (100) or minutes (10m) between checkpoints, from which --resume goes on; 0: when interrupted only"
+        "10m", "steps (100) or minutes (10m) between checkpoints, which --resume needs; 0: only when interrupted"
     )
-    keep_last: int = flag(2, "so many of the newest checkpoints are kept; 0: all")
+    keep_last: int = flag(2, "keep the newest N checkpoints; 0: all")
     track: Literal["none", "wandb"] = flag(
-        "none", "show the run elsewhere, too: wandb (extra: wandb; WANDB_PROJECT, WANDB_MODE, ... are W&B's own)"
+        "none", "also track the run in Weights & Biases (extra: wandb; W&B reads WANDB_PROJECT, WANDB_MODE, ...)"
     )
     push_to_hub: str = flag(
-        "", "OWNER/NAME: upload the final model there, with a model card (needs HF_TOKEN or a login)"
+        "", "OWNER/NAME: upload the final model to this hub repository, with a model card (needs HF_TOKEN or a login)"
     )
-    private: bool = flag(False, "with --push_to_hub: a new repository there is for nobody but you")
+    private: bool = flag(False, "with --push_to_hub: make a new repository private")
 
     @property
     def save_interval(self) -> tuple[int, float]:
@@ -279,8 +285,8 @@ class RunConfig(FolderConfig):
         there = found is not None and found.origin is not None
         require(self.track == "none" or there, "track", self.track, "the wandb package: pip install '.[wandb]'")
         if self.resume is not None:
-            require(bool(self.output_dir), "resume", self.resume, "--output_dir beside it, or a run folder behind it")
-            require(not self.overwrite, "overwrite", True, "either --overwrite (begin anew) or --resume (go on)")
+            require(bool(self.output_dir), "resume", self.resume, "--output_dir as well, or --resume RUN")
+            require(not self.overwrite, "overwrite", True, "either --overwrite (start again) or --resume (continue)")
         self._check_folder(going_on=self.resume is not None)
 
 

@@ -18,9 +18,9 @@ from sft_core.text.tasks import Task, load_task
 class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     """Supervised fine-tuning."""
 
-    batch_size: int = flag(16, "demonstrations in an optimizer step, learned --micro_batch at a time")
-    max_completion_tokens: int = flag(512, "longer demonstrations are cut, so they teach no end")
-    worked_share: float = flag(1.0, "share of demonstrations that show their working; the others only state the answer")
+    batch_size: int = flag(16, "demonstrations per optimizer step, --micro_batch of them at a time")
+    max_completion_tokens: int = flag(512, "longer demonstrations are cut off, and then do not teach the model to stop")
+    worked_share: float = flag(1.0, "share of demonstrations with worked steps; the others only state the answer")
 
     def check(self) -> None:
         for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):

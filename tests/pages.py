@@ -37,6 +37,7 @@ from grpo_core.train import PRESETS
 from rewards.tables import markdown
 from sft_core.job import SFTConfig
 from sft_core.model.source import Source
+from sft_core.names import REFUSED, SAME, SHARED, Same
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -243,11 +244,45 @@ def t4_savings() -> str:
     return markdown([["flag", "GB less", "peak then"], *rows])
 
 
+def trl_same() -> str:
+    rows = [
+        [f"`{name}`", " ".join(f"`--{ours}`" for ours in same.ours.split()), _told(same)]
+        for name, same in SAME.items()
+        if name != same.ours
+    ]
+    return markdown([["theirs", "ours", "what to know"], *rows])
+
+
+def _told(same: Same) -> str:
+    """What to know of an alias: its note, and the values that are written differently."""
+    values = {value: ours.split() for value, ours in same.values.items() if ours.partition("=")[2] != value}
+    written = [
+        f"`{value}` is " + (" ".join(f"`--{pair.replace('=', ' ')}`" for pair in ours) or "as without it")
+        for value, ours in values.items()
+    ]
+    return "; ".join(filter(None, [same.note, *written])) or "the same"
+
+
+def trl_shared() -> str:
+    notes = {name: _told(same) for name, same in SAME.items() if name == same.ours} | SHARED
+    return markdown([["flag", "what to know"], *([f"`--{name}`", note or "the same"] for name, note in notes.items())])
+
+
+def trl_refused() -> str:
+    by_answer: dict[str, list[str]] = {}
+    for name, text in REFUSED.items():
+        by_answer.setdefault(text, []).append(f"`{name}`")
+    return markdown([["theirs", "here"], *([", ".join(names), text] for text, names in by_answer.items())])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "t4-items": t4_items,
     "t4-moments": t4_moments,
     "t4-savings": t4_savings,
+    "trl-same": trl_same,
+    "trl-shared": trl_shared,
+    "trl-refused": trl_refused,
 }
 
 

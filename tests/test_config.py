@@ -311,7 +311,7 @@ def test_the_built_in_job_is_the_default_until_a_model_or_task_is_named(argv: li
 @pytest.mark.parametrize("package", CONFIGS)
 def test_help_lists_every_flag_with_its_explanation(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_config(CONFIGS[package], ["--help"], PRESETS[package])
+        parse_config(CONFIGS[package], ["--help", "all"], PRESETS[package])
     assert caught.value.code == 0
     text = "".join(capsys.readouterr().out.split())  # without any white space: lines are broken at hyphens too
     for field in dataclasses.fields(CONFIGS[package]):

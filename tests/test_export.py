@@ -155,9 +155,9 @@ def test_a_damaged_zip_is_not_kept(whole: Path, tmp_path: Path, monkeypatch: pyt
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing to make": ([], "--output '': expected a new folder"),
-    "a folder that is taken": (["--output", "taken"], "--output taken: expected a path that is free"),
-    "a zip that is taken": (["--zip", "taken.zip"], "--zip taken.zip: expected a path that is free"),
-    "a folder below a file": (["--output", "taken.zip/x"], "--output taken.zip/x: expected a path below folders"),
+    "a folder that is taken": (["--output", "taken"], "--output taken: expected a path that does not exist yet"),
+    "a zip that is taken": (["--zip", "taken.zip"], "--zip taken.zip: expected a path that does not exist yet"),
+    "a folder below a file": (["--output", "taken.zip/x"], "--output taken.zip/x: expected a path inside folders"),
     "another ending": (["--zip", "model.tar"], "--zip model.tar: expected a name that ends in .zip"),
     "nothing to merge": (["--merge", "--output", "new"], "--merge True: expected a LoRA adapter"),
 }

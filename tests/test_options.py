@@ -77,7 +77,7 @@ def test_every_option_of_the_objective_is_a_flag_and_a_line_of_a_config_file(
         (["--entropy_coef", "-0.1"], "0 or more"),
         (["--off_policy_threshold", "-0.1"], "0 or more"),
         (["--ref_sync_every", "-1"], "0 or more"),
-        (["--ref_sync_every", "5"], "0 where --beta is 0"),
+        (["--ref_sync_every", "5"], "0 if --beta is 0"),
         (["--ref_sync_mix", "0.0"], "above 0, up to 1"),
         (["--ref_sync_mix", "1.1"], "above 0, up to 1"),
         (["--overlong_buffer", "-1"], "0 to --max_completion_tokens (256)"),
@@ -102,7 +102,7 @@ def test_a_choice_that_there_is_not_is_answered_with_those_that_there_are(flag: 
 
 
 def test_options_of_the_objective_that_exclude_or_need_each_other_say_so() -> None:
-    assert message_of(["--kl_correction"]) == "--kl_correction True: expected False where --beta is 0"
+    assert message_of(["--kl_correction"]) == "--kl_correction True: expected False if --beta is 0"
     assert message_of(["--delta", "1.25", "--epsilon_high", "0.28"]).endswith("(1.28), or 0 for none")
     for scale in ("batch", "none"):
         message = message_of(["--reward_aggregation", "normalize_then_sum", "--scale_rewards", scale])
@@ -112,7 +112,7 @@ def test_options_of_the_objective_that_exclude_or_need_each_other_say_so() -> No
     )
     assert message_of(["--loss", "vespo", "--epsilon_high", "0.3"]).endswith("(clip, cispo does)")
     for flag in ("delta", "off_policy_threshold"):
-        assert message_of([f"--{flag}", "2.0"]).startswith(f"--{flag} 2.0: expected 0 where --mu is 1")
+        assert message_of([f"--{flag}", "2.0"]).startswith(f"--{flag} 2.0: expected 0 if --mu is 1")
     assert message_of(["--dynamic_sampling", "2", "--shuffle_rewards"]).startswith("--dynamic_sampling 2: expected 0")
     with_lora = message_of(["--lora", "--beta", "0.1", "--ref_sync_every", "5"])
     assert with_lora.startswith("--ref_sync_mix 0.6: expected 1 with LoRA")

@@ -83,7 +83,7 @@ def test_a_file_holds_the_same_flags_and_the_command_line_overrides_it(tmp_path:
         (["--preset", "oneshot-grpo"], "--mode both: the preset oneshot-grpo has no sft stage; it has grpo and eval"),
         (["--sft.output_dir", "x"], "--sft.output_dir: no such flag; did you mean"),
         (["--resume", "--overwrite", "--output_dir", "x"], "--overwrite: expected either"),
-        (["--resume"], "--resume: expected --output_dir beside it"),
+        (["--resume"], "--resume: expected --output_dir as well"),
         (["--mode", "all", "--model", "x", "--sft.from_scratch"], "--from_scratch: its random weights are in no file"),
         (["--resume", "nowhere"], "--resume nowhere: holds no pipeline.yaml"),
         (["--mode", "most"], "--mode: invalid choice: 'most'"),
@@ -261,7 +261,7 @@ def test_a_pipeline_goes_on_as_it_began(undisturbed: Path, capsys: pytest.Captur
     for flags, line in (
         (["--resume", str(undisturbed), "--grpo.lr", "1"], "--lr 1.0: the run in "),
         (["--resume", str(undisturbed), "--mode", "grpo"], "--mode grpo: the grpo of the pipeline in "),
-        (["--output_dir", str(undisturbed)], f"--output_dir {undisturbed}: holds a pipeline; --resume goes on"),
+        (["--output_dir", str(undisturbed)], f"--output_dir {undisturbed}: holds a pipeline; --resume continues"),
     ):
         with pytest.raises(SystemExit):
             main(flags)

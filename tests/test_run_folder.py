@@ -188,13 +188,13 @@ def test_what_resume_cannot_take_is_one_line_that_says_so(model: Path, run: Path
     aside = shutil.copytree(step, step.with_name("step-000002.set-aside"))
     before = contents(run)
     refusals = {
-        ("--resume",): "--resume newest: expected --output_dir beside it, or a run folder behind it",
+        ("--resume",): "--resume newest: expected --output_dir as well, or --resume RUN",
         ("--resume", str(run), "--output_dir", str(other)): f"--resume {run}: is not in --output_dir {other}; ",
         ("--resume", str(other)): f"--resume {other}: {other} holds no run",
         ("--resume", str(run / "checkpoints")): f"--resume {run}/checkpoints: {run}/checkpoints holds no run",
         ("--resume", str(step.with_name("step-000007"))): f"no such checkpoint; --resume {run} takes the newest",
         ("--resume", str(aside)): f"no such checkpoint; --resume {run} takes the newest",
-        ("--resume", str(run), "--overwrite"): "either --overwrite (begin anew) or --resume (go on)",
+        ("--resume", str(run), "--overwrite"): "either --overwrite (start again) or --resume (continue)",
     }
     for argv, part in refusals.items():
         assert part in message_of(list(argv))

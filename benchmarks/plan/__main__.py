@@ -10,32 +10,36 @@ machine, whose speed is measured. Any other flag is one of grpo_core.train. No w
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from benchmarks.plan.question import answer, question_of
 from benchmarks.workload import names, workload
-from sft_core.cli import user_errors
+from grpo_core.config import GRPOConfig
+from sft_core.cli import parser_of, user_errors
+from sft_core.helptext import Help, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # By hand: argparse would take the value of a flag that is not its own for the name.
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "t4"
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [NAME] [--gpu NAME] [--check] [--flag value ...]",
+    parser = Parser(
+        [],
+        prog="python -m benchmarks.plan",
+        usage="%(prog)s [--help [all]] [NAME] [--gpu NAME] [--check] [--flag value ...]",
         description=__doc__,
         epilog=f"NAME: {', '.join(names())}; default: t4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
+        others=[parser_of(GRPOConfig)],
     )
     parser.add_argument("--gpu", default="this", help="default: this machine")
     parser.add_argument("--prompt_tokens", type=int, default=0, help="default: --max_prompt_tokens")
     parser.add_argument("--completion_tokens", type=int, default=0, help="default: --max_completion_tokens")
     parser.add_argument("--check", action="store_true", help="compare the forecast with real runs on this machine")
-    given, flags = parser.parse_known_args(arguments)
     with user_errors():
+        given, flags = parser.parse_known_args(arguments)
         if given.check:
             from benchmarks.plan.check import check
 

@@ -208,7 +208,7 @@ def _check_folder(settings: Settings) -> None:
     folder, file = settings.folder, settings.folder / SETTINGS
     if file.is_file() and not (settings.resume or settings.overwrite):
         raise ValueError(
-            f"--output_dir {folder}: holds a pipeline; --resume goes on with it, --overwrite deletes its stages"
+            f"--output_dir {folder}: holds a pipeline; --resume continues it, --overwrite deletes its stages"
         )
     if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
         raise ValueError(f"--output_dir {folder}: expected a folder that is new or empty, or holds a pipeline")

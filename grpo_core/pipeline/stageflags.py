@@ -6,22 +6,20 @@
     --mode eval     an evaluation
     --mode all      an evaluation, SFT, an evaluation, GRPO, an evaluation (without SFT where the preset has none)
 
-A flag of a stage's own program, as it is, goes to every stage that has it: --max_samples 100, --task FILE. With the
-stage's name before a dot it goes to that stage alone, and counts for more: --sft.lr 1e-4 --grpo.lr 1e-6
---eval.batch_size 64 --sft.config FILE. What stages mean differently (--lr, --epochs, --max_steps, --batch_size ...)
-is taken with a name only, where several of them have it. --config FILE holds the same as lines: `max_samples: 100`,
-`sft.lr: 1e-4`.
+A plain flag goes to every stage that has it: --max_samples 100, --task FILE. A stage's name and a dot before it send it
+to that stage only, and override the plain flag: --sft.lr 1e-4 --grpo.lr 1e-6 --eval.batch_size 64 --sft.config FILE.
+Flags that differ from stage to stage (--lr, --epochs, --max_steps, --batch_size ...) need the stage's name where
+several stages have them. --config FILE holds the same settings as lines: `max_samples: 100`, `sft.lr: 1e-4`.
 
---model, --adapter_path, --lora, --from_scratch and --config_overrides are about the start, so they go to the first
-stage that trains; what follows takes its result. Where SFT trains a LoRA adapter, GRPO trains it further.
+--model, --adapter_path, --lora, --from_scratch and --config_overrides describe the starting model, so they go to the
+first stage that trains; later stages take its result. If SFT trains a LoRA adapter, GRPO continues to train it.
 --push_to_hub goes to the last stage that trains.
 
-preset < environment < --config < flags. `--help` of sft_core.train, grpo_core.train and eval lists the stages' flags.
+preset < environment < --config < flags.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +29,11 @@ import grpo_core.train
 import sft_core.train
 from eval.config import EvalConfig
 from grpo_core.config import GRPOConfig
-from sft_core.cli import ENVIRONMENT, Parser, no_such_flag, parser_of, preset_names
+from sft_core.cli import ENVIRONMENT, fields_of, no_such_flag, parser_of, preset_names
 from sft_core.config import NEWEST, PASSING
+from sft_core.helptext import Help, Parser
 from sft_core.job import SFTConfig
+from sft_core.names import Known, known_names
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "grpo": GRPOConfig, "eval": EvalConfig}
 PRESETS = {"sft": sft_core.train.PRESETS, "grpo": grpo_core.train.PRESETS, "eval": eval.__main__.PRESETS}
@@ -41,6 +41,10 @@ MODES = ("sft", "grpo", "both", "eval", "all")
 START = ("model", "adapter_path", "lora", "from_scratch", "config_overrides")  # of the first stage that trains
 END = ("push_to_hub", "private")  # of the last stage that trains
 DIFFERENT = ("lr", "lr_schedule", "warmup_ratio", "max_steps", "epochs", "batch_size")  # means another thing in each
+
+_FIELDS = {kind: fields_of(config)[""] for kind, config in CONFIGS.items()}
+# What may be typed, with a stage's name before a dot and without.
+KNOWN: Known = {"": [name for names in _FIELDS.values() for name in names]} | {f"{k}.": f for k, f in _FIELDS.items()}
 
 
 class Given(NamedTuple):
@@ -82,7 +86,7 @@ def given_in(tokens: Sequence[str], typed: bool) -> list[Given]:
         elif found:
             found[-1].tokens.append(token)
         else:
-            raise ValueError(f"{token}: expected a flag; --help lists them")
+            raise ValueError(f"{token}: expected a flag; --help all lists every flag")
     return found
 
 
@@ -95,8 +99,9 @@ def own_parser() -> Parser:
         description=__doc__,
         epilog=ENVIRONMENT,
         allow_abbrev=False,
-        usage="%(prog)s --mode MODE [--preset NAME] [--output_dir FOLDER] [--resume] [--[STAGE.]flag value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--help [all]] --mode MODE [--preset NAME] [--[STAGE.]flag value ...]",
+        formatter_class=Help,
+        others=[parser_of(config) for config in CONFIGS.values()],
     )
     add = parser.add_argument
     add("--mode", choices=MODES, help="which stages; default: both")
@@ -104,10 +109,10 @@ def own_parser() -> Parser:
         "--config is given")  # fmt: skip
     add("--config", type=Path, help="a YAML file of `flag: value` lines, such as a pipeline folder's pipeline.yaml")
     add("--output_dir", "--output_path", help="the folder of all stages' run folders; default: a new one under runs/")
-    add("--resume", nargs="?", const=NEWEST, help="go on with the pipeline in --output_dir, or begin it where there is "
-        "none; finished stages are left as they are. --resume FOLDER: with that one, its settings from it")  # fmt: skip
-    add("--overwrite", action="store_true", help="delete the stages that are in --output_dir and begin anew")
-    add("--dry_run", action="store_true", help="load and check everything, say what each stage would do, and end")
+    add("--resume", nargs="?", const=NEWEST, help="continue the pipeline in --output_dir, or start it if there is "
+        "none; finished stages are kept. --resume FOLDER: continue that one with its settings")  # fmt: skip
+    add("--overwrite", action="store_true", help="delete the stages in --output_dir and start again")
+    add("--dry_run", action="store_true", help="load and check everything, print what each stage would do, and exit")
     return parser
 
 
@@ -118,7 +123,9 @@ def shared_out(rest: Sequence[Given], kinds: Sequence[str], mode: str) -> dict[s
     for given in sorted(rest, key=lambda given: (given.typed, bool(given.kind))):
         if given.kind:
             if given.kind not in CONFIGS or given.plain not in flags[given.kind]:
-                no_such_flag(given.name, [f"--{kind}.{flag[2:]}" for kind in CONFIGS for flag in flags[kind]])
+                no_such_flag(
+                    given.name, [f"--{kind}.{name}" for kind in CONFIGS for name in _typable(kind, flags[kind])]
+                )
             if given.kind in tokens:
                 tokens[given.kind] += given.for_stage()
             elif given.typed:
@@ -153,6 +160,11 @@ def flags_of(kind: str) -> list[str]:
     return [flag for flag in parser.flags if parser._option_string_actions[flag].dest not in (*PASSING, "help")]
 
 
+def _typable(kind: str, flags: Iterable[str]) -> list[str]:
+    return [*(flag[2:] for flag in flags), *known_names(_FIELDS[kind])]
+
+
 def _every(groups: Iterable[Iterable[str]]) -> list[str]:
     known = [option for option in own_parser().flags if option != "--help"]
-    return [*known, *dict.fromkeys(flag for group in groups for flag in group)]
+    theirs = [f"--{name}" for name in known_names(KNOWN[""])]
+    return [*known, *dict.fromkeys(flag for group in groups for flag in group), *theirs]

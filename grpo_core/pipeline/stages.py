@@ -9,19 +9,33 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_core.pipeline.stageflags import CONFIGS, MODES, PRESETS, Given, flags_of, given_in, own_parser, shared_out
+from grpo_core.pipeline.stageflags import (
+    CONFIGS,
+    KNOWN,
+    MODES,
+    PRESETS,
+    Given,
+    flags_of,
+    given_in,
+    own_parser,
+    shared_out,
+)
 from sft_core.cli import (
     as_flags,
+    fields_of,
     from_environment,
+    keys_set_in,
     parse_config,
     parser_of,
     preset_names,
+    read_own,
     read_yaml,
     say_environment,
     told_layers,
 )
 from sft_core.config import NEWEST, PASSING
 from sft_core.model.source import find_source
+from sft_core.names import own_flags
 from sft_core.run.runlog import fresh_folder
 
 SETTINGS = "pipeline.yaml"  # in the pipeline's folder: the resolved settings of all stages; --config takes it back
@@ -112,14 +126,18 @@ def understood(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         ValueError: as `parse_config`; a flag that no stage of the mode has, or that several have and mean differently;
             a preset that a stage has not.
     """
-    typed, parser = given_in(["--help"] if "-h" in argv else argv, typed=True), own_parser()
+    argv, parser = ["--help" if token == "-h" else token for token in argv], own_parser()
+    typed = given_in(own_flags(argv, KNOWN), typed=True)
     own_names = {option for option in parser._option_string_actions if option.startswith("--")}
     own_typed, stages_typed = _parted(typed, own_names)
     own, outer = parser.parse_args(_tokens(own_typed)), from_environment(environ)
     folder = _folder(own, outer)
     begun = folder / SETTINGS if own.resume and (folder / SETTINGS).is_file() else None
     file = own.config or (None if own.preset else begun)
-    own_in_file, stages_in_file = _parted(given_in(as_flags(read_yaml(file)) if file else [], False), own_names)
+    in_file = given_in(as_flags(read_own(file, KNOWN)) if file else [], False)
+    own_in_file, stages_in_file = _parted(in_file, own_names)
+    typed = given_in(own_flags(argv, KNOWN, keys_set_in(file)), True)
+    own_typed, stages_typed = _parted(typed, own_names)
     own = parser.parse_args(_tokens([*own_in_file, *own_typed]))
     of_environment = given_in(as_flags({"model": outer["model"]}) if "model" in outer else [], False)
 
@@ -147,7 +165,11 @@ def _in_typed_files(typed: Sequence[Given]) -> list[Given]:
         if given.kind in CONFIGS and given.plain == "--config":
             known = set(flags_of(given.kind))
             file = parser_of(CONFIGS[given.kind]).parse_known_args(given.for_stage())[0].config
-            values = {name: value for name, value in read_yaml(file).items() if name not in TAKEN_OVER}
+            values = {
+                name: value
+                for name, value in read_own(file, fields_of(CONFIGS[given.kind])).items()
+                if name not in TAKEN_OVER
+            }
             values = {f"{given.kind}.{name}": value for name, value in values.items() if f"--{name}" in known}
             found += given_in(as_flags(values), typed=False)
     return found
@@ -165,15 +187,17 @@ def _folder(own: argparse.Namespace, outer: Mapping[str, str]) -> Path:
     """The pipeline's folder."""
     folder = own.output_dir
     if own.resume and own.overwrite:
-        raise ValueError("--overwrite: expected either --overwrite (begin anew) or --resume (go on)")
+        raise ValueError("--overwrite: expected either --overwrite (start again) or --resume (continue)")
     if own.resume not in (None, NEWEST):
         if not (Path(own.resume) / SETTINGS).is_file():
-            raise ValueError(f"--resume {own.resume}: holds no {SETTINGS}, so no pipeline was begun there")
+            raise ValueError(f"--resume {own.resume}: holds no {SETTINGS}, so no pipeline was started there")
         if folder and Path(folder).resolve() != Path(own.resume).resolve():
-            raise ValueError(f"--resume {own.resume}: is not --output_dir {folder}; it goes on in its own folder")
+            raise ValueError(
+                f"--resume {own.resume}: is not --output_dir {folder}; a pipeline continues in its own folder"
+            )
         return Path(own.resume)
     if not folder and own.resume and "output_dir" not in outer:
-        raise ValueError("--resume: expected --output_dir beside it, or a pipeline's folder behind it")
+        raise ValueError("--resume: expected --output_dir as well, or --resume FOLDER")
     return Path(folder or outer.get("output_dir") or fresh_folder("pipeline"))
 
 
@@ -228,7 +252,7 @@ def _start(config: Any, folder: Path, stages: Sequence[Stage]) -> Weights:
         return Weights(str(folder / "start") if len(stages) > 1 else "tiny", None)
     if len(stages) > 1 and config.from_scratch and (config.lora or stages[0].kind == "eval"):
         raise ValueError(
-            "--from_scratch: its random weights are in no file, where --mode all and stages after --lora look for them"
+            "--from_scratch: its random weights are in no file, but --mode all and stages after --lora need one"
         )
     source = find_source(config)
     return Weights(source.base, source.adapter)

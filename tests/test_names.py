@@ -1,0 +1,300 @@
+"""Names of TRL and transformers: an alias means what our own name means, any other is answered with the flag to use."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import benchmarks.compare_trl
+import benchmarks.plan.__main__
+import benchmarks.step_time
+import eval.__main__
+import eval.ask
+import eval.compare
+import eval.export
+import grpo_core.doctor.__main__
+import grpo_core.pipeline.__main__
+import grpo_core.train
+import rewards.__main__
+import sft_core.train
+from eval.ask import AskConfig
+from eval.config import EvalConfig
+from eval.export import ExportConfig
+from grpo_core.config import GRPOConfig
+from grpo_core.pipeline.stages import Settings, understood
+from sft_core.cli import parse_config
+from sft_core.config import as_yaml
+from sft_core.helptext import GROUPS, names_of
+from sft_core.job import SFTConfig
+from sft_core.names import REFUSED, SAME, SHARED
+from tests.helpers import message_of, yaml_file
+
+CONFIGS: tuple[Any, ...] = (SFTConfig, GRPOConfig, EvalConfig, AskConfig, ExportConfig)
+FIELDS = {cls: {field.name for field in dataclasses.fields(cls)} for cls in CONFIGS}
+START = ["--model", "m"]  # else the pipeline trains the built-in model, and eval has none
+OWN = ("output_dir", "resume", "overwrite", "dry_run")  # of the pipeline itself
+
+# Their name: the value that is typed, what our names say for it, and what the combination needs besides.
+EXAMPLES: dict[str, tuple[str, str, str]] = {
+    "model_name_or_path": ("some/model", "--model some/model", ""),
+    "use_peft": ("True", "--lora", ""),
+    "lora_target_modules": ("q_proj v_proj", "--lora_targets q_proj v_proj", ""),
+    "use_cpu": ("True", "--device cpu", ""),
+    "num_generations": ("4", "--group_size 4", ""),
+    "max_completion_length": ("99", "--max_completion_tokens 99", ""),
+    "reward_funcs": ("int_reward_func a:b", "--rewards int_reward_func a:b", ""),
+    "loss_type": ("grpo", "--loss grpo", ""),
+    "importance_sampling_level": ("sequence", "--ratio_level sequence", ""),
+    "multi_objective_aggregation": ("normalize_then_sum", "--reward_aggregation normalize_then_sum", ""),
+    "epsilon": ("0.1", "--epsilon_low 0.1 --epsilon_high 0.1", ""),
+    "num_iterations": ("2", "--mu 2", ""),
+    "mask_truncated_completions": ("True", "--mask_truncated", ""),
+    "use_bias_correction_kl": ("True", "--kl_correction", "--beta 0.1"),
+    "off_policy_mask_threshold": ("0.5", "--off_policy_threshold 0.5", "--mu 2"),
+    "ref_model_mixup_alpha": ("0.5", "--ref_sync_mix 0.5", ""),
+    "learning_rate": ("1e-4", "--lr 1e-4", ""),
+    "lr_scheduler_type": ("cosine", "--lr_schedule cosine", ""),
+    "num_train_epochs": ("2", "--epochs 2", ""),
+    "max_steps": ("-1", "--max_steps 0", ""),
+    "scale_rewards": ("False", "--scale_rewards none", ""),
+    "logging_steps": ("5", "--log_every 5", ""),
+    "save_steps": ("50", "--save_every 50", ""),
+    "eval_steps": ("50", "--eval_every 50", ""),
+    "save_total_limit": ("3", "--keep_last 3", ""),
+    "resume_from_checkpoint": ("True", "--resume", "--output_dir none"),
+    "report_to": ("none", "--track none --no_tensorboard", ""),
+    "disable_tqdm": ("True", "--no_progress", ""),
+    "hub_private_repo": ("True", "--private", ""),
+}
+PAIRS = [(cls, name) for name, same in SAME.items() for cls in CONFIGS if set(same.ours.split()) <= FIELDS[cls]]
+
+
+def parsed(cls: Any, argv: list[str]) -> Any:
+    more = ["--output", "new"] if cls is ExportConfig else []
+    return parse_config(cls, [*more, *argv])
+
+
+def in_file(folder: Path, name: str, value: str) -> str:
+    values = [yaml.safe_load(part) for part in value.split()]
+    return yaml_file(folder, yaml.safe_dump({name: values if len(values) > 1 else values[0]}))
+
+
+def test_there_is_an_example_of_every_alias() -> None:
+    assert EXAMPLES.keys() == SAME.keys() == {name for _, name in PAIRS}
+
+
+@pytest.mark.parametrize(("cls", "name"), PAIRS, ids=[f"{cls.__name__}: {name}" for cls, name in PAIRS])
+def test_an_alias_gives_the_config_that_our_own_name_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls: Any, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    value, ours, needed = EXAMPLES[name]
+    more = [*needed.split(), *(START if name != "model_name_or_path" else [])]
+    expected = parsed(cls, [*ours.split(), *more])
+    if name not in ("max_steps", "model_name_or_path"):  # or nothing is tested
+        assert expected != parsed(cls, more)
+    assert parsed(cls, [f"--{name}", *value.split(), *more]) == expected
+    assert parsed(cls, [f"--{name.replace('_', '-')}", *value.split(), *more]) == expected
+    assert parsed(cls, ["--config", in_file(tmp_path, name, value), *more]) == expected
+    assert " " in value or parsed(cls, [f"--{name}={value}", *more]) == expected
+    assert value != "True" or parsed(cls, [f"--{name}", *more]) == expected
+    assert {line.split(":")[0] for line in as_yaml(expected).splitlines() if line[0].isalpha()} == FIELDS[cls]
+
+
+def configs(argv: list[str]) -> tuple[Any, ...]:
+    settings: Settings = understood([*argv, "--output_dir", "out"], {})
+    return (settings.mode, settings.configs, settings.start)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SAME if name not in ("resume_from_checkpoint", "model_name_or_path")]
+)
+def test_the_pipeline_takes_an_alias_with_and_without_a_stages_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    value, ours, needed = EXAMPLES[name]
+    steps = [] if name in ("max_steps", "num_train_epochs") else ["--grpo.max_steps", "3"]
+    (tmp_path / "task.jsonl").write_text('{"question": "What is 1?", "answer": "#### 1"}\n')
+    base = ["--mode", "grpo", "--preset", "tiny", "--task", "task.jsonl", *steps, *needed.split()]
+    for stage in ("", "grpo."):
+        expected = configs([*base, *ours.replace("--", f"--{stage}").split()])
+        assert configs([*base, f"--{stage}{name}", *value.split()]) == expected
+        assert configs([*base, "--config", in_file(tmp_path, stage + name, value)]) == expected
+
+
+def test_what_stages_mean_differently_needs_the_stages_name_by_its_alias_too() -> None:
+    with pytest.raises(ValueError, match=r"^--lr: sft and grpo each have their own; expected --sft.lr or --grpo.lr"):
+        configs(["--learning_rate", "1"])
+
+
+# --- values
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("--epsilon 0.1 --epsilon_high 0.3", "--epsilon_low 0.1 --epsilon_high 0.3"),
+        ("--epsilon_high 0.3 --epsilon 0.1", "--epsilon_low 0.1 --epsilon_high 0.3"),
+        ("--epsilon-high=0.3 --epsilon=0.1", "--epsilon_low 0.1 --epsilon_high 0.3"),
+        ("--report_to wandb", "--track wandb --no_tensorboard"),
+        ("--report_to wandb tensorboard", "--track wandb"),
+        ("--report_to tensorboard", "--track none"),
+        ("--lr_scheduler_type constant_with_warmup", "--lr_schedule constant"),
+        ("--scale_rewards True", "--scale_rewards group"),
+        ("--disable_tqdm no", "--progress"),
+        ("--use_cpu", "--device cpu"),
+        ("--learning_rate 1 --lr 2", "--lr 2"),
+        ("--lr 2 --learning_rate 1", "--lr 1"),
+    ],
+)
+def test_values_that_are_written_differently_mean_the_same(
+    monkeypatch: pytest.MonkeyPatch, typed: str, ours: str
+) -> None:
+    monkeypatch.setattr("sft_core.config.find_spec", lambda name: sys.__spec__ or __spec__)  # wandb as if it were here
+    assert parse_config(GRPOConfig, typed.split()) == parse_config(GRPOConfig, ours.split())
+
+
+@pytest.mark.parametrize(
+    ("lines", "more", "low", "high"),
+    [
+        ("epsilon: 0.1", [], 0.1, 0.1),
+        ("epsilon: 0.1\nepsilon_high: null", [], 0.1, 0.1),
+        ("epsilon_high: null\nepsilon: 0.1", [], 0.1, 0.1),
+        ("epsilon_high: 0.3\nepsilon: 0.1", [], 0.1, 0.3),
+        ("epsilon_high: 0.3", ["--epsilon", "0.1"], 0.1, 0.3),
+        ("epsilon: 0.1", ["--epsilon_high", "0.3"], 0.1, 0.3),
+        ("epsilon: 0.1", ["--epsilon", "0.05"], 0.05, 0.05),
+    ],
+)
+def test_epsilon_sets_both_bounds_unless_the_upper_one_is_given(
+    tmp_path: Path, lines: str, more: list[str], low: float, high: float
+) -> None:
+    config = parse_config(GRPOConfig, ["--config", yaml_file(tmp_path, lines), *more])
+    assert (config.epsilon_low, config.epsilon_high) == (low, high)
+
+
+def test_null_means_in_a_file_what_it_means_in_theirs(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "save_total_limit: null\nreport_to: null\nresume_from_checkpoint: false\nmin_p: null\n")
+    assert parse_config(GRPOConfig, ["--config", file]) == parse_config(GRPOConfig, ["--keep_last", "0"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--report_to", "mlflow"], "--report_to mlflow: expected none, tensorboard, wandb, tensorboard wandb"),
+        (["--lr_scheduler_type", "polynomial"], "--lr_scheduler_type polynomial: expected linear, cosine, constant"),
+        (["--disable_tqdm", "maybe"], "--disable_tqdm maybe: expected true, false"),
+        (["--learning_rat", "1"], "--learning_rat: no such flag; did you mean --learning_rate?"),
+        (["--gradient_acumulation_steps", "1"], "did you mean --gradient_accumulation_steps?"),
+    ],
+)
+def test_a_value_or_name_that_there_is_not_is_answered_with_those_that_there_are(argv: list[str], message: str) -> None:
+    assert message in message_of(argv)
+
+
+def test_a_file_that_sets_one_thing_under_two_names_is_refused(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, "lr: 1.0\nlearning_rate: 2.0\n")
+    assert message_of(["--config", file]) == f"--config {file}: learning_rate: is lr here, which the file sets already"
+    file = yaml_file(tmp_path, "learning_rat: 2.0\n")
+    assert message_of(["--config", file]).endswith("unknown key learning_rat; did you mean learning_rate?")
+
+
+# --- refused names
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_means_something_else_is_answered_with_the_flag_to_use(tmp_path: Path, name: str) -> None:
+    flags = set(re.findall(r"--(\w+)", REFUSED[name]))
+    assert flags and flags <= set().union(*FIELDS.values())
+    told = f"--{name}: {REFUSED[name].replace('`', '')}"
+    for cls in CONFIGS:
+        assert name not in FIELDS[cls]
+        if flags & FIELDS[cls]:
+            assert message_of([f"--{name}", "1"], cls) == told
+            assert message_of([f"--{name.replace('_', '-')}=1"], cls) == told.replace(name, name.replace("_", "-"), 1)
+            file = yaml_file(tmp_path, f"{name}: 1\n")
+            assert message_of(["--config", file], cls) == f"--config {file}: {told}"
+        else:
+            assert "no such flag" in message_of([f"--{name}", "1"], cls)
+    stage = "grpo." if flags & FIELDS[GRPOConfig] else "sft."
+    for prefix in ("", stage):
+        with pytest.raises(ValueError, match=re.escape(told.replace(name, prefix + name, 1))):
+            understood([f"--{prefix}{name}", "1"], {})
+
+
+def test_every_name_is_trls_or_transformers_own() -> None:
+    trl = pytest.importorskip("trl")
+    from transformers import TrainingArguments
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    theirs = {
+        field.name
+        for cls in (TrainingArguments, trl.GRPOConfig, trl.SFTConfig, trl.ModelConfig, GRPOScriptArguments)
+        for field in dataclasses.fields(cls)
+    }
+    older = {"max_prompt_length", "warmup_ratio", "overwrite_output_dir", "logging_dir", "torch_dtype"}
+    assert {*SAME, *REFUSED, *SHARED} - theirs == older
+    assert theirs & set().union(*FIELDS.values()) <= {*SAME, *SHARED}  # one name in both is told about
+    assert not (set(SAME) & set(REFUSED) | set(SAME) & set(SHARED) | set(REFUSED) & set(SHARED))
+
+
+# --- help
+
+MAINS: dict[str, Callable[[list[str]], Any]] = {
+    "sft_core.train": sft_core.train.main,
+    "grpo_core.train": grpo_core.train.main,
+    "eval": eval.__main__.main,
+    "eval.ask": eval.ask.main,
+    "eval.export": eval.export.main,
+    "eval.compare": eval.compare.main,
+    "grpo_core.pipeline": grpo_core.pipeline.__main__.main,
+    "grpo_core.doctor": grpo_core.doctor.__main__.main,
+    "rewards": rewards.__main__.main,
+    "benchmarks.plan": benchmarks.plan.__main__.main,
+    "benchmarks.step_time": benchmarks.step_time.main,
+    "benchmarks.compare_trl": benchmarks.compare_trl.main,
+}
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_help_is_a_screen_that_ends_in_how_to_see_every_flag(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    told = {}
+    for line in ("--help", "-h", "--help all", "-h all"):
+        with pytest.raises(SystemExit, match="0"):
+            MAINS[program](line.split())
+        told[line] = capsys.readouterr().out
+    assert told["--help"] == told["-h"] and told["--help all"] == told["-h all"]
+    assert len(lines := told["--help"].splitlines()) <= 50 and lines[-1] == "`--help all` lists every flag."
+    assert set(re.findall(r"^  (--\w+)", told["--help"], re.MULTILINE)) <= set(re.findall(r"--\w+", told["--help all"]))
+
+
+def test_help_all_lists_the_flags_of_each_group_under_its_title(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for program in ("grpo_core.train", "benchmarks.plan", "grpo_core.pipeline"):
+        with pytest.raises(SystemExit):
+            MAINS[program](["--help", "all"])
+        titles = re.split(r"^(\w[\w ]*):\n", capsys.readouterr().out, flags=re.MULTILINE)
+        sections = dict(zip(titles[1::2], titles[2::2], strict=True))
+        assert list(sections) == ["flags", *GROUPS]
+        for title in GROUPS:
+            listed = re.findall(r"^  --(\w+)", sections[title], re.MULTILINE)
+            wanted = [name for part in names_of(title) for name in part if name in FIELDS[GRPOConfig]]
+            assert set(wanted) - set(listed) <= (set(OWN) if program == "grpo_core.pipeline" else set())
+
+
+def test_every_flag_is_in_one_group() -> None:
+    grouped = [name for title in GROUPS for part in names_of(title) for name in part]
+    assert sorted(grouped) == sorted(set().union(*FIELDS.values()))
