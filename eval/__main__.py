@@ -19,6 +19,7 @@ from eval.config import EvalConfig
 from eval.dryrun import eval_plan
 from eval.evaluate import Evaluation, evaluate
 from eval.report import method, summary_cells, summary_table
+from eval.trust import trusted_sampler
 from rewards.tables import markdown
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
@@ -43,7 +44,7 @@ class EvalJob:
 
     def run(self) -> Path:
         """Ask; return the run folder."""
-        return self.ask(load_policy(self.config, self.source))
+        return self.ask(trusted_sampler(load_policy(self.config, self.source)))
 
     def ask(self, policy: Policy) -> Path:
         """Print the summary, write it and `answers.jsonl` to the run folder."""
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(eval_plan(job.config, job.source, job.heldout), UNTOUCHED, sep="\n")
-            policy = load_policy(job.config, job.source)
+            policy = trusted_sampler(load_policy(job.config, job.source))
             path = job.ask(policy)
         print(f"answers and summary: {path}")
 

@@ -23,6 +23,7 @@ from transformers import TextStreamer, set_seed
 from eval.questions import Question, piped, read_questions, typed, whole
 from eval.sampling import Sampling, sample
 from eval.statistics import agreeing
+from eval.trust import trusted_sampler
 from rewards import last_number, parse_number, same_number
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.config import ModelConfig, PromptConfig, flag
@@ -263,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with user_errors():
             job = prepare(sys.argv[1:] if argv is None else argv)
         with user_errors(Refused):
-            policy = load_policy(job.config, job.source)
+            policy = trusted_sampler(load_policy(job.config, job.source))
             transformers.logging.set_verbosity_error()  # its advice would come between question and answer
             job.ask(policy)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.config import EvalConfig
+from eval.trust import trusted_sampler
 from sft_core.model.source import Source
 from sft_core.run.told import GB, loaded, told, told_answers, told_folder, told_lengths, told_model
 from sft_core.text.prompts import encode_prompt, prompt_messages
@@ -14,6 +15,7 @@ from sft_core.text.tasks import Example
 def eval_plan(config: EvalConfig, source: Source, heldout: Sequence[Example]) -> str:
     """What an evaluation of these problems would do."""
     with loaded(config, source) as (policy, _):
+        trusted_sampler(policy)
         prompts = [len(encode_prompt(policy.tokenizer, prompt_messages(example, config))) for example in heldout]
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         lines = {

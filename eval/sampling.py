@@ -96,7 +96,7 @@ def _generate(
     completion_NT = torch.full((N, budget), policy.pad_id, device=device)
     logp_NT = torch.zeros(N, budget if sampling.temperature else 0, device=device)
     # None: `generate` makes one of the model's own kind.
-    cache: Any = DynamicCache(config=policy.model.config) if policy.share_prompts or policy.rows_leave else None
+    cache: Any = DynamicCache(config=policy.model.config) if policy.prefill or policy.rows_leave else None
     width = 0  # tokens drawn until now
     with (
         torch.inference_mode(),
@@ -105,7 +105,7 @@ def _generate(
         policy.precision.autocast(),
     ):
         attention_NP = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
-        if policy.share_prompts:
+        if policy.prefill:
             prefill_once(cache, model, prompts, prompt_NP, attention_NP)
         alive, ids, attention = torch.arange(N, device=device), prompt_NP, attention_NP
         while len(alive) and width < budget:

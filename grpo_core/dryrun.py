@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from eval.trust import trusted
 from grpo_core.job import GRPOJob
 from grpo_core.memory.forecast import forecast
 from grpo_core.warmstart import tiny_sft_folder
@@ -35,6 +36,7 @@ def grpo_plan(job: GRPOJob) -> str:
         name = f"the built-in one, after its SFT ({'done, ' if there else 'to be done first, '}{start})"
     B, G, T = config.prompts_per_step, config.group_size, config.max_completion_tokens
     with loaded(config, job.source, built_in) as (policy, source):
+        trusted(policy)
         prompts = prompt_lengths(policy, task, config)
         looks = evaluations_at(config.eval_every, steps, first=True) if task.heldout else []
         rewards = (f"{reward.weight:g} x {reward.name}" for reward in job.rewards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sft_core.job import SFTJob
+from sft_core.learn.trust import trusted_learner
 from sft_core.run.told import (
     evaluations_at,
     loaded,
@@ -26,6 +27,7 @@ def sft_plan(job: SFTJob) -> str:
     """What `job` would do."""
     config, task, steps = job.config, job.task, job.steps
     with loaded(config, job.source) as (policy, _):
+        trusted_learner(policy)
         prompts = prompt_lengths(policy, task, config)
         fmt, eos = FORMATS[config.prompt_format], policy.eos_ids[0]
         texts = [demonstration(e, fmt, is_terse(e, config.worked_share)) for e in some(task)]

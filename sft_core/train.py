@@ -26,6 +26,7 @@ from sft_core.learn.clock import Stopwatch, step_bar
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, pack_rows
+from sft_core.learn.trust import trusted_learner
 from sft_core.model.policy import Policy, is_adapted, load_policy
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
@@ -160,7 +161,7 @@ def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
     if not job.source:
         with not_saved(folder.path / "base"):
             base = str(build_tiny(folder.path / "base", config.seed))
-    policy = load_policy(config, job.source or find_source(replace(config, model=base)))
+    policy = trusted_learner(load_policy(config, job.source or find_source(replace(config, model=base))))
     # Weights that no checkpoint holds: those below an adapter.
     identity = {"task": job.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
     optimizer = Optimizer(policy, config, job.steps)

@@ -45,7 +45,7 @@ def token_logprobs(
         entropy_NT: in nats; without gradient unless `entropy="gradient"`; all 0 with "none", which saves time.
     """
     packed = pack(rows, policy.share_prompts)
-    backbone, logits_of = backbone_and_head(policy.model)
+    backbone, logits_of = backbone_and_head(policy.model, policy.split_head)
     with policy.precision.autocast():
         inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
         hidden_RLD = backbone(**inputs, use_cache=False).last_hidden_state
@@ -125,8 +125,7 @@ def _scores(
             logp_V = logits.log_softmax(dim=-1)
             return logp, -torch.einsum("nv,nv->n", logp_V.exp(), logp_V)  # H = -sum p log p
 
-    vocabulary = policy.model.config.vocab_size
-    size = max(1, policy.logit_chunk // vocabulary) if policy.logit_chunk else max(1, len(token_M))
+    size = max(1, policy.logit_chunk // policy.vocabulary) if policy.logit_chunk else max(1, len(token_M))
     parts = [
         checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
         if policy.logit_chunk

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def backbone_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """The model without its output head, and the head: hidden states to logits."""
+def backbone_and_head(model: Any, split: bool = True) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The model without its output head, and the head: hidden states to logits. Not `split`, for models whose head is
+    more than that: the whole model, whose logits stand for hidden states, and nothing behind it."""
+    if not split:
+        return partial(_logits_for_hidden_states, model), lambda logits: logits
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
     head, config = inner.get_output_embeddings(), inner.config
     cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
@@ -24,3 +29,7 @@ def backbone_and_head(model: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
         return logits
 
     return getattr(inner, inner.base_model_prefix), logits_of
+
+
+def _logits_for_hidden_states(model: Any, **inputs: Any) -> Any:
+    return SimpleNamespace(last_hidden_state=model(**inputs).logits)

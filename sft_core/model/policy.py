@@ -39,7 +39,9 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
-    share_prompts: bool = True  # the prompt of consecutive rows is encoded once
+    share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
+    prefill: bool = True  # so does the sampler
+    split_head: bool = True  # logits are head(backbone), of the tokens that are scored alone
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
     rows_leave: bool = True  # completions that have ended leave the batch while it is sampled
     half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
@@ -52,6 +54,11 @@ class Policy:
     def logp_dtype(self) -> torch.dtype:
         """That of log-probabilities and everything computed from them: float32, or float64 for a float64 model."""
         return torch.promote_types(self.model.dtype, torch.float32)
+
+    @property
+    def vocabulary(self) -> int:
+        """Words that the model has logits for."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def half_dtype(self) -> torch.dtype | None:
@@ -151,6 +158,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
         eos_ids,
         pad_id,
         share_prompts=config.share_prompts and divisible,
+        prefill=config.share_prompts and divisible,
         logit_chunk=config.logit_chunk,
         rows_leave=config.rows_leave and divisible,
         half_copies=config.half_copies,

@@ -1,0 +1,152 @@
+"""Trusted by test, not by name: the learner's shortcuts are tried on the very model that was loaded.
+
+The learner computes logits as head(backbone), and lays a group's completions in one row that a mask cuts. Both are
+right for most models and silently wrong for some: logits may be scaled behind the head, positions may be counted by
+the model itself, masks ignored. So a few short rows are scored by the plain model, one at a time and unpadded, and then
+as the learner does it. A shortcut that gives other numbers is switched off, in one line; where the plainest way is
+wrong, too, the run is refused. Faults that only long texts show (sliding windows) are known by the model's config.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sft_core.errors import Refused
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy
+from sft_core.precision import Precision
+
+# Nats by which a token's log-probability may differ: some hundred roundings of the arithmetic in use, at logits of
+# about 20. What is wrong in kind is off by tenths of a nat and more.
+BOUNDS = {None: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+PROMPTS, COMPLETIONS = (7, 4), ((5, 2, 3), (3, 4))  # lengths in tokens of two groups
+
+
+class Way(NamedTuple):
+    """A policy without some of its shortcuts, and which."""
+
+    policy: Policy
+    without: str = ""
+
+
+def trusted_learner(policy: Policy) -> Policy:
+    """The policy with those of the learner's shortcuts that give the plain model's log-probabilities.
+
+    Raises:
+        Refused: none of the ways to score tokens does.
+    """
+    apart, whole = replace(policy, share_prompts=False), replace(policy, split_head=False)
+    ways = [
+        Way(policy),
+        Way(whole, "the output head by itself"),
+        Way(apart, "prompts encoded once a group"),
+        Way(replace(apart, split_head=False), "the output head by itself and prompts encoded once a group"),
+    ]
+    rows = probe_rows(policy)
+    with torch.no_grad():
+        truth_NT = plain_logprobs(policy, rows)
+
+        def apart_by(way: Policy) -> float:
+            return largest_difference(token_logprobs(exact(way), rows, entropy="none")[0], truth_NT, rows)
+
+        return first_that_agrees(ways, "learner", apart_by)
+
+
+def refuse_dropout(policy: Policy) -> None:
+    """
+    Raises:
+        Refused: in train mode, which gradient checkpointing needs, the learner scores tokens otherwise than the sampler
+            in eval mode: some dropout is still on.
+    """
+    rows, was_training = probe_rows(policy), policy.model.training
+    scores: list[Tensor] = []
+    with torch.no_grad(), undisturbed(policy):
+        for mode in (True, False):
+            policy.model.train(mode)
+            scores.append(token_logprobs(exact(policy), rows, entropy="none")[0])
+    policy.model.train(was_training)
+    off = largest_difference(scores[0], scores[1], rows)
+    if not off <= BOUNDS[exact(policy).precision.autocast_dtype]:
+        raise Refused(f"--model: dropout that cannot be switched off moves log-probabilities by {off:.2g} nats")
+
+
+def first_that_agrees(ways: Sequence[Way], who: str, apart_by: Callable[[Policy], float]) -> Policy:
+    """The first policy whose numbers are within the bound of the plain model's; says what that one does without.
+
+    Raises:
+        Refused: no policy's are.
+    """
+    bound, found = BOUNDS[exact(ways[0].policy).precision.autocast_dtype], []
+    for policy, without in ways:
+        try:
+            off = apart_by(policy)
+        except Exception as error:  # a library's, of any kind: the model cannot be used in this way
+            found.append(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+            continue
+        if off <= bound:  # NaN is not
+            if without:
+                print(f"{who} without {without}: with this model it would be wrong ({found[0]})", file=sys.stderr)
+            return policy
+        found.append(f"log-probabilities up to {off:.2g} nats off, {bound:g} are rounding")
+    raise Refused(f"--model: the {who} does not compute what the plain model does ({found[-1]}); nothing was learned")
+
+
+def probe_rows(policy: Policy) -> Rows:
+    """Two groups of completions of unlike lengths: ids from all over the vocabulary, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(policy.vocabulary, (length,), generator=generator).tolist()
+
+    prompts = [ids(length) for length in PROMPTS]
+    repeated = [prompt for prompt, lengths in zip(prompts, COMPLETIONS, strict=True) for _ in lengths]
+    completions = [ids(length) for lengths in COMPLETIONS for length in lengths]
+    return pack_rows(repeated, completions, policy.pad_id).to(policy.device)
+
+
+@torch.no_grad()
+def plain_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0) -> Tensor:
+    """logp_NT by the definition: the model in eval mode, a row at a time, no padding, no mask, no cache."""
+    model, was_training = policy.model, policy.model.training
+    logp_NT = torch.zeros(rows.completion_NT.shape, device=policy.device)
+    model.eval()
+    try:
+        for row, (prompt, completion) in enumerate(zip(rows.prompt_ids(), rows.completion_ids(), strict=True)):
+            ids_1L = torch.tensor([prompt + completion], device=policy.device)
+            with exact(policy).precision.autocast():
+                logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0].float()
+            logp_LV = (logits_LV / temperature).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+            logp_NT[row, : len(completion)] = logp_LV.gather(-1, ids_1L[0, len(prompt) :, None]).squeeze(-1)
+    finally:
+        model.train(was_training)
+    return logp_NT
+
+
+def exact(policy: Policy) -> Policy:
+    """The policy in float32 where all of its weights are: a fault in kind does not depend on the precision, and there
+    rounding hides none."""
+    if all(p.dtype == torch.float32 for p in policy.model.parameters()):
+        return replace(policy, precision=Precision(policy.device, None))
+    return policy
+
+
+def largest_difference(found_NT: Tensor, truth_NT: Tensor, rows: Rows) -> float:
+    """Nats, over the completions' own tokens."""
+    return float((found_NT - truth_NT)[rows.mask_NT].abs().max())
+
+
+@contextmanager
+def undisturbed(policy: Policy) -> Iterator[None]:
+    """Random numbers that the block draws are not taken from the run's."""
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
