@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,8 @@ def on(policy: Policy) -> set[str]:
 def wrapped(module: Any, change: Callable[..., Any]) -> None:
     """`change` stands in for the module's forward and gets the real one first."""
     real = module.forward
-    module.forward = lambda *args, **kwargs: change(real, *args, **kwargs)
+    # `generate` looks at the signature.
+    module.forward = wraps(real)(lambda *args, **kwargs: change(real, *args, **kwargs))
 
 
 def agrees(policy: Policy) -> bool:
