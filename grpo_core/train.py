@@ -34,9 +34,9 @@ from sft_core.model.policy import is_adapted
 from sft_core.model.source import find_source
 from sft_core.run.checkpoint import write_text
 from sft_core.run.hub import push_run
+from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Part, Progress, weights_identity
 from sft_core.run.runlog import RunFolder, append_jsonl
-from sft_core.run.told import UNTOUCHED
 from sft_core.run.trackers import shown
 from sft_core.text.tasks import Example, Task
 

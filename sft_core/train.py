@@ -31,9 +31,9 @@ from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import not_saved
 from sft_core.run.hub import push_run
+from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
 from sft_core.run.runlog import RunFolder
-from sft_core.run.told import UNTOUCHED
 from sft_core.text.prompts import (
     FORMATS,
     demonstration,

@@ -81,30 +81,30 @@ def notes(run: Run) -> list[str]:
     lines = run.train
     if not lines:
         return ["No step has been logged: nothing can be told."]
-    told, last, steps = [], lines[-1]["step"], run.setting("max_steps") or 0
+    found, last, steps = [], lines[-1]["step"], run.setting("max_steps") or 0
     if len(lines) < LEAST_LINES:
-        told.append(
+        found.append(
             f"Too short to tell a trend: {len(lines)} log lines of the {LEAST_LINES} needed (--max_steps, --log_every)."
         )
     if last < steps:
-        told.append(f"The run stopped at step {last} of {steps}, or is still running.")
-    return told + (_grpo_notes(run) if run.grpo else [])
+        found.append(f"The run stopped at step {last} of {steps}, or is still running.")
+    return found + (_grpo_notes(run) if run.grpo else [])
 
 
 def _grpo_notes(run: Run) -> list[str]:
-    told = []
+    found = []
     if run.setting("mu") == 1 and not run.setting("beta"):
-        told.append(
+        found.append(
             "A loss near 0, or one that does not fall, is normal: with --mu 1 and --beta 0 the ratio is 1 and the "
             "loss's value is minus the tokens' mean advantage, whatever has been learned. Look at the reward."
         )
     if run.setting("mu") == 1 and not math.isnan(run.mean("ratio_max")):
-        told.append("A ratio of exactly 1 and nothing clipped is normal with --mu 1: each batch is learned once.")
+        found.append("A ratio of exactly 1 and nothing clipped is normal with --mu 1: each batch is learned once.")
     if run.setting("shuffle_rewards"):
-        told.append("--shuffle_rewards: a control experiment. Its reward is not meant to rise.")
+        found.append("--shuffle_rewards: a control experiment. Its reward is not meant to rise.")
     if run.last("accuracy") >= SOLVED and run.first("accuracy") < SOLVED:
-        told.append("The task is nearly solved; a harder one would teach more from here on.")
-    return told
+        found.append("The task is nearly solved; a harder one would teach more from here on.")
+    return found
 
 
 def numbers(run: Run) -> dict[str, tuple[float, float]]:

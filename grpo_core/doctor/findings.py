@@ -82,7 +82,7 @@ def everything_truncated(run: Run) -> Finding | None:
     return Finding(
         "everything_truncated",
         "Completions do not end: the budget cuts them off.",
-        f"{run.told('truncated_share')}; the budget is {run.setting('max_completion_tokens')} tokens",
+        f"{run.trend('truncated_share')}; the budget is {run.setting('max_completion_tokens')} tokens",
         "raise --max_completion_tokens; a model that never ends by itself needs SFT first; a shorter --system_prompt "
         "format, or soft_overlong_reward_func among --rewards, asks for shorter answers",
     )
@@ -148,7 +148,7 @@ def groups_alike(run: Run) -> Finding | None:
         return None
     accuracy = run.mean("accuracy")
     wasted = sum(run.values("zero_variance_tokens"))
-    evidence = f"{run.told('zero_variance_share')}, with {wasted:g} tokens; mean accuracy {accuracy:.0%}"
+    evidence = f"{run.trend('zero_variance_share')}, with {wasted:g} tokens; mean accuracy {accuracy:.0%}"
     more = "--dynamic_sampling 3 replaces such groups"
     if accuracy >= SOLVED:
         advice = f"a harder --task or --difficulty; {more}"

@@ -47,7 +47,7 @@ def clipped(run: Run) -> Finding | None:
 def lr_too_high(run: Run) -> Finding | None:
     reward, norm, entropy = run.change("reward_mean"), run.change("grad_norm"), run.change("entropy")
     fell = reward.fall >= FELL and reward.last < (reward.peak + min(reward.first, reward.peak)) / 2
-    signs = [run.told("reward_mean") + f", at best {reward.peak:.3g}"] if fell else []
+    signs = [run.trend("reward_mean") + f", at best {reward.peak:.3g}"] if fell else []
     if norm.peak >= EXPLODED * norm.first > 0:
         signs.append(f"gradient norm {norm.first:.3g} at first, up to {norm.peak:.3g}")
     if entropy.peak >= LOOSENED * entropy.first > 0:
@@ -69,7 +69,7 @@ def reward_flat(run: Run) -> Finding | None:
     if not abs(changes[0].z) < STILL or any(change.z >= STILL for change in changes) or not teaches:
         return None
     rates = run.values("learning_rate") or [math.nan]
-    evidence = f"{run.told('reward_mean')}, {abs(changes[0].z):.1f} standard errors; gradient norm "
+    evidence = f"{run.trend('reward_mean')}, {abs(changes[0].z):.1f} standard errors; gradient norm "
     evidence += f"{run.mean('grad_norm'):.3g}, learning rate {min(rates):g} to {max(rates):g}"
     if max(rates) <= NO_LR:
         advice = "raise --lr (1e-6 to 1e-5 for all weights of a trained model, ten times that with --lora)"
@@ -87,7 +87,7 @@ def kl_explodes(run: Run) -> Finding | None:
     return Finding(
         "kl_explodes",
         "The policy has left its reference far behind.",
-        f"{run.told('kl')} nats a token; --beta {run.setting('beta'):g}",
+        f"{run.trend('kl')} nats a token; --beta {run.setting('beta'):g}",
         "raise --beta (DeepSeekMath: 0.04), lower --lr",
     )
 
@@ -99,7 +99,7 @@ def entropy_collapse(run: Run) -> Finding | None:
     return Finding(
         "entropy_collapse",
         "The entropy has collapsed: the model writes one and the same, and finds nothing new.",
-        f"{run.told('entropy')} nats a token; {run.told('zero_variance_share')}",
+        f"{run.trend('entropy')} nats a token; {run.trend('zero_variance_share')}",
         "lower --lr; --entropy_coef 0.001, --beta 0.04, a higher --temperature; with --mu above 1 --epsilon_high 0.28",
     )
 
@@ -115,7 +115,7 @@ def length_to_budget(run: Run) -> Finding | None:
     return Finding(
         "length_to_budget",
         "Completions grow until the budget cuts them off.",
-        f"{run.told('length_mean')} of {budget} tokens; {run.told('truncated_share')}",
+        f"{run.trend('length_mean')} of {budget} tokens; {run.trend('truncated_share')}",
         "find which of --rewards pays for length; add soft_overlong_reward_func; --mask_truncated; raise "
         "--max_completion_tokens if longer answers are better ones",
     )
@@ -130,7 +130,7 @@ def reward_hacking(run: Run) -> Finding | None:
     return Finding(
         "reward_hacking",
         f"The reward rises and accuracy {falls}: something else than right answers is paid for.",
-        f"{run.told('reward_mean')}; {run.told('accuracy')}; rising: {', '.join(rising) or 'none by itself'}",
+        f"{run.trend('reward_mean')}; {run.trend('accuracy')}; rising: {', '.join(rising) or 'none by itself'}",
         "read the best paid of completions.jsonl; change or leave out that function, or give it less of "
         "--reward_weights. Fine if the format is what you want learned first",
     )
@@ -144,7 +144,7 @@ def heldout_falls(run: Run) -> Finding | None:
         "heldout_falls",
         "Held-out accuracy falls while the training reward rises: the training problems are learned by heart.",
         f"held-out {heldout.first:.1%} at first, {heldout.peak:.1%} at best, {heldout.last:.1%} at last; "
-        f"{run.told('reward_mean')}",
+        f"{run.trend('reward_mean')}",
         "more training problems, fewer --max_steps, a lower --lr; --save_every with --eval_every keeps the best",
     )
 
@@ -161,7 +161,7 @@ def sft_diverges(run: Run) -> Finding | None:
     return Finding(
         "sft_diverges",
         "The loss ends above what it has been: the learning rate is too high.",
-        f"{run.told('loss')}, at best {best:.3g}; --lr {run.setting('lr'):g}",
+        f"{run.trend('loss')}, at best {best:.3g}; --lr {run.setting('lr'):g}",
         "lower --lr to a third or a tenth; --warmup_ratio 0.1",
     )
 
@@ -173,6 +173,6 @@ def sft_loss_flat(run: Run) -> Finding | None:
     return Finding(
         "sft_loss_flat",
         "The loss does not fall.",
-        f"{run.told('loss')}, {abs(loss.z):.1f} standard errors; --lr {run.setting('lr'):g}",
+        f"{run.trend('loss')}, {abs(loss.z):.1f} standard errors; --lr {run.setting('lr'):g}",
         "raise --lr (SFT wants 10 to 100 times GRPO's), more --max_steps or --epochs",
     )

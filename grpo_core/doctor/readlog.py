@@ -102,7 +102,7 @@ class Run:
     def change(self, name: str) -> Change:
         return Change.of(self.values(name))
 
-    def told(self, name: str) -> str:
+    def trend(self, name: str) -> str:
         """`reward_mean 0.31 (steps 1-8) -> 0.52 (steps 33-40)`."""
         first, last = (f"{lines[0]['step']}-{lines[-1]['step']}" for lines in (self.fifth(), self.fifth(last=True)))
         return f"{name} {self.first(name):.3g} (steps {first}) -> {self.last(name):.3g} (steps {last})"

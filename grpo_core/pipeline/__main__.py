@@ -49,7 +49,7 @@ from sft_core.errors import Refused
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import not_saved, write_text, write_whole
-from sft_core.run.told import UNTOUCHED
+from sft_core.run.plan_lines import UNTOUCHED
 
 PREPARE: dict[str, Any] = {
     "sft": sft_core.job.prepare,

@@ -39,7 +39,7 @@ class Source:
 
 
 @contextmanager
-def no_retries_told() -> Iterator[None]:
+def no_retry_messages() -> Iterator[None]:
     """A hub that cannot be reached is one line of ours in the end, not two of its library's for each attempt."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
@@ -78,7 +78,7 @@ def find_source(config: ModelConfig) -> Source:
             base = _base_of(description, described)
         _check_weights(f"the adapter {adapter}", Path(adapter), ["adapter_model.safetensors"])
     try:
-        with no_retries_told():
+        with no_retry_messages():
             values, _ = PreTrainedConfig.get_config_dict(base)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")[:160]

@@ -93,7 +93,7 @@ class Progress:
         self.step, self.signal, self.ending = 0, 0, False
         if folder.checkpoint:
             self._restore(folder.checkpoint)
-            folder.go_on(folder.checkpoint)
+            folder.resume_from(folder.checkpoint)
         self.saved, self.saved_at = self.step, time.monotonic()
         self._rest()
 

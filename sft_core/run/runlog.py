@@ -61,7 +61,7 @@ class RunFolder:
     """A run folder that this process alone writes to.
 
     A new run finds it new or empty (or empties it, under --overwrite). Where --resume finds a whole checkpoint, that is
-    `checkpoint`, and `go_on` is to be called once it is loaded; where it finds none, the run begins anew.
+    `checkpoint`, and `resume_from` is to be called once it is loaded; where it finds none, the run begins anew.
 
     Raises:
         Refused: it holds a run that is neither to go on nor to be overwritten; another process writes to it; the
@@ -106,7 +106,7 @@ class RunFolder:
         write_text(self.path / "config.yaml", "\n".join(lines) + "\n")
         _write_json(self.path / "provenance.json", provenance(getattr(config, "seed", None)))
 
-    def go_on(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Set later checkpoints aside, cut the logs to where they were, and note who goes on with the run.
 
         Raises:

@@ -25,7 +25,7 @@ UNTOUCHED = "dry run: all of this was loaded and checked; no step was taken, not
 Lines = dict[str, str]  # what is said, by its subject
 
 
-def told(lines: Lines) -> str:
+def plan_text(lines: Lines) -> str:
     """The lines of a plan under each other."""
     width = max(map(len, lines)) + 2
     return "\n".join(f"{subject.ljust(width)}{text}" for subject, text in lines.items())
@@ -58,18 +58,18 @@ def mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def told_lengths(lengths: Sequence[int], limit: int) -> str:
+def lengths_text(lengths: Sequence[int], limit: int) -> str:
     over = sum(length > limit for length in lengths)
     cut = f", {over} over it are cut" if over else ""
     return f"of {mean(lengths):.0f} on average, {max(lengths)} at most (limit {limit}{cut})"
 
 
-def told_task(task: Task, config: TaskConfig) -> str:
+def task_line(task: Task, config: TaskConfig) -> str:
     size = "endless" if task.size is None else f"{task.size:,} training problems"
     return f"{task.name}: {size}, {len(task.heldout):,} held out; {config.prompt_format} answers, {config.shots} shots"
 
 
-def told_model(config: ModelConfig, policy: Policy, name: str = "") -> str:
+def model_line(config: ModelConfig, policy: Policy, name: str = "") -> str:
     total = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable())
     adapter = f" with the adapter {config.adapter_path}" if config.adapter_path else ""
@@ -83,7 +83,7 @@ def passes(task: Task, drawn: int, steps: int) -> str:
     return f" ({steps * drawn / task.size:.2f} epochs)" if task.size else ""
 
 
-def told_rate(config: OptimConfig, steps: int) -> str:
+def rate_text(config: OptimConfig, steps: int) -> str:
     warm_up = f" after {round(config.warmup_ratio * steps)} steps of warm-up" if config.warmup_ratio else ""
     return f"learning rate {config.lr:g}, {config.lr_schedule}{warm_up}"
 
@@ -94,9 +94,9 @@ def evaluations_at(every: int, steps: int, first: bool) -> list[int]:
     return [*([0] if first else []), *between, steps]
 
 
-def told_steps(steps: Sequence[int]) -> str:
+def steps_text(steps: Sequence[int]) -> str:
     """
-    >>> told_steps([0, 10, 20, 30, 40]), told_steps([0, 80]), told_steps([])
+    >>> steps_text([0, 10, 20, 30, 40]), steps_text([0, 80]), steps_text([])
     ('5 times: at steps 0, 10, 20, ..., 40', '2 times: at steps 0, 80', 'never')
     """
     if not steps:
@@ -106,12 +106,12 @@ def told_steps(steps: Sequence[int]) -> str:
     return f"{times} {', '.join(shown)}"
 
 
-def told_answers(samples: int) -> str:
+def answers_text(samples: int) -> str:
     """How often an evaluation asks each problem."""
     return f"a greedy answer and {samples} samples of each" if samples else "a greedy answer to each"
 
 
-def told_memory(policy: Policy) -> str:
+def memory_line(policy: Policy) -> str:
     """A floor: what does not depend on the batch."""
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable())
@@ -119,7 +119,7 @@ def told_memory(policy: Policy) -> str:
     return f"{(weights + 12 * trained) / GB:.2f} GB ({whole}) and the batch's activations"
 
 
-def told_folder(config: FolderConfig, kind: str, steps: int = 0) -> str:
+def folder_line(config: FolderConfig, kind: str, steps: int = 0) -> str:
     """Where the run would write, and what."""
     folder = Path(config.output_dir) if config.output_dir else Path("runs") / f"{kind}-(time of the start)"
     there = checkpoints(folder)
