@@ -6,8 +6,8 @@
     --mode eval     an evaluation
     --mode all      an evaluation, SFT, an evaluation, GRPO, an evaluation (without SFT where the preset has none)
 
-A flag of a stage's own program, as it is, goes to every stage that has it: --max_samples 100, --task FILE. With the
-stage's name before a dot it goes to that stage alone, and counts for more: --sft.lr 1e-4 --grpo.lr 1e-6
+A flag of a stage's own program goes to every stage that has it: --max_samples 100, --task FILE. With the
+stage's name and a dot in front it goes to that stage alone, and takes precedence: --sft.lr 1e-4 --grpo.lr 1e-6
 --eval.batch_size 64 --sft.config FILE. What stages mean differently (--lr, --epochs, --max_steps, --batch_size ...)
 is taken with a name only, where several of them have it. --config FILE holds the same as lines: `max_samples: 100`,
 `sft.lr: 1e-4`.

@@ -1,5 +1,5 @@
-"""--dry_run: task, tokenizer and weights are loaded and checked, and what the run would do is said. No optimizer step
-is taken, and nothing is written.
+"""--dry_run: task, tokenizer and weights are loaded and checked, and what the run would do is printed. No optimizer
+step is taken, and nothing is written.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sft_core.text.prompts import encode_prompt, prompt_messages
 from sft_core.text.tasks import Example, Task
 
 GB = 1e9
-LOOKED_AT = 500  # problems of an endless task whose lengths are taken for all
+LOOKED_AT = 500  # problems of an endless task whose lengths stand for all
 UNTOUCHED = "dry run: all of this was loaded and checked; no step was taken, nothing was written"
-Lines = dict[str, str]  # what is said, by its subject
+Lines = dict[str, str]  # text by subject
 
 
 def plan_text(lines: Lines) -> str:
-    """The lines of a plan under each other."""
+    """A plan's lines, aligned, as one text."""
     width = max(map(len, lines)) + 2
     return "\n".join(f"{subject.ljust(width)}{text}" for subject, text in lines.items())
 
@@ -34,7 +34,7 @@ def plan_text(lines: Lines) -> str:
 @contextmanager
 def loaded(config: Any, source: Source | None, built_in: Source | None = None) -> Iterator[tuple[Policy, Source]]:
     """The policy with its weights. `source` None: the built-in model as `built_in`, or where that is not trained yet,
-    untrained and in a folder that goes again."""
+    untrained, in a temporary folder."""
     source = source or built_in
     if source:
         yield load_policy(config, source), source
@@ -89,7 +89,7 @@ def rate_text(config: OptimConfig, steps: int) -> str:
 
 
 def evaluations_at(every: int, steps: int, first: bool) -> list[int]:
-    """The steps after which held-out problems are asked; the last one always, step 0 where `first`."""
+    """The steps after which an evaluation is due: always the last one, and step 0 where `first`."""
     between = range(every, steps, every) if every else []
     return [*([0] if first else []), *between, steps]
 
@@ -107,12 +107,12 @@ def steps_text(steps: Sequence[int]) -> str:
 
 
 def answers_text(samples: int) -> str:
-    """How often an evaluation asks each problem."""
+    """How many answers an evaluation samples for each problem."""
     return f"a greedy answer and {samples} samples of each" if samples else "a greedy answer to each"
 
 
 def memory_line(policy: Policy) -> str:
-    """A floor: what does not depend on the batch."""
+    """A lower bound: what does not depend on the batch."""
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable())
     whole = f"weights {weights / GB:.2f}, gradients {4 * trained / GB:.2f}, AdamW {8 * trained / GB:.2f}"
@@ -120,7 +120,7 @@ def memory_line(policy: Policy) -> str:
 
 
 def folder_line(config: FolderConfig, kind: str, steps: int = 0) -> str:
-    """Where the run would write, and what."""
+    """Where the run would write, whether it resumes, and its checkpoints."""
     folder = Path(config.output_dir) if config.output_dir else Path("runs") / f"{kind}-(time of the start)"
     there = checkpoints(folder)
     if isinstance(config, RunConfig) and config.resume and (folder / "final").is_dir():

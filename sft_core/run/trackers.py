@@ -1,8 +1,8 @@
-"""Where a run can be watched: TensorBoard's files in its folder, and a run at Weights & Biases.
+"""Where a run can be watched: TensorBoard files in its folder, and a run at Weights & Biases.
 
 Both show what the run folder holds, and nothing else: the config, the numbers of log.jsonl, the completions that
---show_every shows. So both are told everything again when a run is gone on with. TensorBoard's files are made anew;
-W&B forgets nothing, and is told what it has not been told before.
+--show_every shows. When a run is resumed, TensorBoard's files are rewritten from the logs, and W&B is
+sent what it has not received yet.
 
 No training ends because it cannot be watched: a tracker that fails is left out, with a line on stderr.
 """
@@ -28,12 +28,12 @@ from sft_core.config import FolderConfig
 
 
 class Tracker(Protocol):
-    """One place to watch a run in. Whatever it raises ends it, and nothing else."""
+    """One place to watch a run in. If it raises, it is closed, and the run continues."""
 
     name: str
 
     def scalars(self, kind: str, step: int, values: dict[str, float], at: float) -> None:
-        """The numbers of a log line, written `at` seconds after 1970; NaN is a number that was none."""
+        """The numbers of a log line, written `at` seconds after 1970; NaN: the number was not finite."""
 
     def completion(self, step: int, text: str, at: float | None) -> None:
         """What the policy answered in this step."""
@@ -49,7 +49,7 @@ class Trackers:
         run: its folder, which holds a config.yaml.
 
     Raises:
-        OSError: the disk does not take TensorBoard's files; it will not take the others.
+        OSError: TensorBoard's files cannot be written, so nothing else could be.
     """
 
     def __init__(self, run: Path, config: FolderConfig) -> None:
@@ -105,7 +105,7 @@ class Trackers:
 
 
 class TensorBoard:
-    """Event files, made anew, so that a run that was gone on with shows no step twice."""
+    """Event files, rewritten at each start, so that a resumed run shows no step twice."""
 
     name = "TensorBoard"
 
@@ -131,8 +131,8 @@ class TensorBoard:
 class WandB:
     """A run at Weights & Biases, with W&B's own WANDB_PROJECT, WANDB_NAME, WANDB_MODE, ... where they are set.
 
-    Its id, and the last step of each kind that it was told, are in wandb/sent.json of the run folder. They are noted
-    first and told then: a process that is killed in between leaves a gap of one line there, rather than a line twice.
+    Its id, and the last step of each kind that it was sent, are in wandb/sent.json of the run folder. They are noted
+    first and sent then: a process that is killed in between leaves a gap of one line there, rather than a line twice.
     """
 
     name = "W&B"
