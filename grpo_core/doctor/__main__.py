@@ -80,11 +80,11 @@ def notes(run: Run) -> list[str]:
     """What is normal, but often taken for a fault."""
     lines = run.train
     if not lines:
-        return ["No step has been logged: nothing can be said."]
+        return ["No step has been logged: nothing can be told."]
     found, last, steps = [], lines[-1]["step"], run.setting("max_steps") or 0
     if len(lines) < LEAST_LINES:
         found.append(
-            f"Too short to show a trend: {len(lines)} log lines of the {LEAST_LINES} needed (--max_steps, --log_every)."
+            f"Too short to tell a trend: {len(lines)} log lines of the {LEAST_LINES} needed (--max_steps, --log_every)."
         )
     if last < steps:
         found.append(f"The run stopped at step {last} of {steps}, or is still running.")

@@ -57,7 +57,7 @@ class Task:
 
     @property
     def identity(self) -> str:
-        """A CRC of all problems: tells a task from its changed file. An endless side is left out: it follows from the seed."""
+        """A CRC of all problems, which shows a changed file. An endless side follows from the seed and is left out."""
         known = [] if isinstance(self.train, Endless) else self.train
         crc = 0
         for example in (*known, *self.heldout):
