@@ -160,11 +160,11 @@ SHOWN: dict[str, Callable[[Done], bool]] = {
     "stage 2: SFT on 3,000 problems, LoRA": lambda done: (
         done.adapter("sft") and done.config("sft")["max_samples"] == 3000
     ),
-    "stage 3: GRPO on 500, from the SFT adapter": lambda done: (
+    "stage 3: GRPO on 500 problems, from the SFT adapter": lambda done: (
         done.adapter("sft-grpo") and done.config("sft-grpo")["max_samples"] == 500 and done.steps("sft-grpo")[0] == 1
     ),
-    "test on 100": lambda done: answered(done, "test") and done.config("test")["eval_problems"] == 100,
-    "the model and not its -Instruct": lambda done: answered(done, "zero-shot-base"),
+    "test on 100 problems": lambda done: answered(done, "test") and done.config("test")["eval_problems"] == 100,
+    "the base model instead of its -Instruct version": lambda done: answered(done, "zero-shot-base"),
     "what each stage would do, before it costs anything": lambda done: (
         "steps" in done.out and "memory" in done.out and not (done.runs / "plan").exists()
     ),
@@ -205,7 +205,7 @@ SHOWN: dict[str, Callable[[Done], bool]] = {
         {row["question"] for row in read_jsonl(done.runs / "oneshot" / "completions.jsonl")}
         <= set(re.findall(r'"([^"]+)"', (done.runs / "oneshot" / "completions.html").read_text()))
     ),
-    "going on after a disconnect": lambda done: "this run is finished" in done.out,
+    "resuming after a disconnect": lambda done: "this run is finished" in done.out,
 }
 
 

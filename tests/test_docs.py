@@ -124,6 +124,7 @@ OTHER_FLAGS = {
     "list",
 }  # the command line's own, benchmarks.plan, tests.zoo
 OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
+OTHER_FLAGS |= {"seeds", "logdir", "help"}  # benchmarks.plots, tensorboard, every program
 
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
@@ -145,6 +146,10 @@ def test_the_default_step_is_in_six_files_of_900_lines_together() -> None:
     files = re.findall(r"^\| (\d)\. \[`([\w/]+\.py)`\]", text, re.MULTILINE)
     assert [number for number, _ in files] == list("123456") and files[0][1] == "grpo_core/step.py"
     assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for _, file in files) <= 900
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_exercise_names_its_tests_and_the_function_to_rewrite() -> None:

@@ -178,7 +178,7 @@ def test_a_reward_that_reads_another_format_than_the_prompt_asks_for_is_told_so(
 
 def test_a_reward_that_everything_earns_is_not_called_one_that_looks_for_another_format() -> None:
     paid = changed(sick("never_rewarded"), **{"rewards/int_reward_func": 0.5})
-    assert "all is paid alike" in found(paid, "never_rewarded").advice
+    assert "all rewards are equal" in found(paid, "never_rewarded").advice
     wrong = changed(sick("never_rewarded"), accuracy=0.0)
     assert "SFT first" in found(wrong, "never_rewarded").advice
 

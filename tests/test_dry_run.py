@@ -17,7 +17,7 @@ from sft_core.cli import parse_config
 from sft_core.config import as_yaml
 from sft_core.learn.optim import Optimizer
 from sft_core.model.policy import load_policy
-from sft_core.run.told import UNTOUCHED
+from sft_core.run.plan_lines import UNTOUCHED
 from tests.faulty import GRPO, SFT, SMALL, command
 from tests.helpers import yaml_file
 
@@ -65,7 +65,7 @@ def test_a_dry_run_loads_everything_and_writes_nothing(
         loaded.append(load_policy(*args))
         return loaded[-1]
 
-    monkeypatch.setattr("sft_core.run.told.load_policy", load)
+    monkeypatch.setattr("sft_core.run.plan_lines.load_policy", load)
     main, flags = PROGRAMS[name]
     main(["--model", str(model), *flags, "--output_dir", "run", "--dry_run"])
     shown = capsys.readouterr().out

@@ -137,7 +137,7 @@ def test_an_error_and_a_kill_at_each_write_of_a_resume_lose_nothing(
         (run / "checkpoints" / "step-000002" / "manifest.json").unlink()
 
     argv = [*command(model, run), "--resume"]
-    for where in ((RunFolder, "__init__"), (RunFolder, "go_on")):
+    for where in ((RunFolder, "__init__"), (RunFolder, "resume_from")):
         prepare()
         names = writes(argv, *where, run.parent / "note")
         assert any(what.startswith(("os.truncate", "os.rename")) for what in names)
