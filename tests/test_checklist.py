@@ -43,7 +43,7 @@ SMALL = {
     "sft_core.train": [*FEW_WORDS, "--max_completion_tokens", "200"],
     "grpo_core.train": [*FEW_WORDS, "--max_completion_tokens", "6"],
     "eval": [*FEW_WORDS, "--max_completion_tokens", "6"],
-    "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200"],
+    "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200", "--grpo.max_completion_tokens", "6"],
     "eval.ask": [*FEW_WORDS, "--max_completion_tokens", "200"],
 }
 
@@ -117,8 +117,8 @@ def taught(folder: Path) -> Path:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Done]]:
     """All commands, each after those before it."""
     folder = tmp_path_factory.mktemp("checklist")
-    problems = [ArithmeticStream("train", seed=0, difficulty=2)[i] for i in range(12)]
-    gsm8k = {"train": datasets.Dataset.from_list(problems[:8]), "test": datasets.Dataset.from_list(problems[8:])}
+    problems = [ArithmeticStream("train", seed=0, difficulty=2)[i] for i in range(8)]
+    gsm8k = {"train": datasets.Dataset.from_list(problems[:4]), "test": datasets.Dataset.from_list(problems[4:])}
     with serving() as hub, pytest.MonkeyPatch.context() as patch:
         take_for_the_hub(hub, folder / "cache", patch)
         patch.setattr(datasets, "load_dataset", lambda path, name, split: gsm8k[split])
