@@ -43,7 +43,7 @@ SMALL = {
     "sft_core.train": [*FEW_WORDS, "--max_completion_tokens", "200"],
     "grpo_core.train": [*FEW_WORDS, "--max_completion_tokens", "6"],
     "eval": [*FEW_WORDS, "--max_completion_tokens", "6"],
-    "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200", "--grpo.max_completion_tokens", "6"],
+    "grpo_core.pipeline": [*FEW_WORDS, "--max_completion_tokens", "200"],
     "eval.ask": [*FEW_WORDS, "--max_completion_tokens", "200"],
 }
 
@@ -85,7 +85,8 @@ def run(command: str, folder: Path, hub: Hub, patch: pytest.MonkeyPatch) -> Done
         for word in environment:
             its.setenv(*word.split("=", 1))
         try:
-            main([*argv, *SMALL.get(program, [])])
+            grpo_stage = program == "grpo_core.pipeline" and not {"sft", "eval"} & {*argv}
+            main([*argv, *SMALL.get(program, []), *(["--grpo.max_completion_tokens", "6"] if grpo_stage else [])])
         except SystemExit as end:
             code = int(end.code or 0)
     return Done(code, out.getvalue(), errors.getvalue(), folder / "runs", hub)
