@@ -63,6 +63,14 @@ def writes(argv: list[str], owner: type, name: str, note: Path) -> list[str]:
     return note.read_text().splitlines()
 
 
+def of_every_kind(names: list[str], *kinds: str) -> list[int]:
+    """The places of the first and the last write of each kind (open, fsync, os.rename, ...), or of these alone."""
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names, 1):
+        found.setdefault(name.split()[0], []).append(number)
+    return sorted({places[i] for kind, places in found.items() if not kinds or kind in kinds for i in (0, -1)})
+
+
 def assert_one_clear_line(end: Ended, *parts: str) -> None:
     assert end.code == 1, end.text
     assert len(end.errors) == 1 and "Traceback" not in end.text, end.text
@@ -84,29 +92,27 @@ def assert_goes_on(argv: list[str], whole: Path, run: Path) -> Ended:
     return end
 
 
-# --- every write of a checkpoint: an error, and then a kill
+# --- writes of a checkpoint: an error, and then a kill
 
 
-def test_an_error_and_a_kill_at_each_write_of_a_checkpoint_lose_nothing(
+def test_an_error_and_a_kill_at_every_kind_of_write_of_a_checkpoint_lose_nothing(
     model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
     argv = [*command(model, run), "--resume"]
     copied(begun[1], run)
     names = writes(argv, Progress, "save", run.parent / "note")
-    renamed = next(i for i, name in enumerate(names, 1) if name.startswith("os.rename"))
     assert names.count("fsync") >= len(FILES) and names.count("serialize_file") == 2
-    for number, name in enumerate(names, 1):
+    for number in of_every_kind(names):
         copied(begun[1], run)
         error = (errno.EIO, errno.ENOSPC)[number % 2]
         end = ended(argv, partial(on_write, Progress, "save", number, fails(error)))
         assert_one_clear_line(end, f"step-000002 could not be written: [Errno {error}]")
-        assert f"saved: {checkpoints(run)[-1]}; go on with --resume {run}" in end.text, name
+        assert f"saved: {checkpoints(run)[-1]}; go on with --resume {run}" in end.text, names[number - 1]
         assert_whole_checkpoints(run)
         assert list(run.rglob("*.unfinished")) == []
         assert ended(argv, partial(on_write, Progress, "save", number, dies)).code == 9
         assert_whole_checkpoints(run)
-        if not (number < renamed and name == "fsync"):  # all of these leave the same
-            assert_goes_on(argv, whole, run)
+        assert_goes_on(argv, whole, run)
 
 
 def test_an_error_or_a_kill_while_old_checkpoints_are_deleted_loses_nothing(
@@ -115,18 +121,18 @@ def test_an_error_or_a_kill_while_old_checkpoints_are_deleted_loses_nothing(
     argv = [*command(model, run), "--keep_last", "1", "--resume"]
     copied(begun[1], run)
     names = writes(argv, Progress, "save", run.parent / "note")
-    removals = [i for i, name in enumerate(names, 1) if name.startswith(("os.remove", "os.rmdir"))]
-    assert len(removals) == len(FILES) + 2
-    for number in removals:
+    assert sum(name.startswith(("os.remove", "os.rmdir")) for name in names) == len(FILES) + 2
+    for number in of_every_kind(names, "os.remove", "os.rmdir"):
         copied(begun[1], run)
         assert ended(argv, partial(on_write, Progress, "save", number, dies)).code == 9
         verify(checkpoints(run)[-1])
-        if number % 4 == 1:  # and by the way: what cannot be deleted ends nothing
-            assert ended(argv, partial(on_write, Progress, "save", number, fails())).code == 0
         assert_goes_on(argv, whole, run)
+    copied(begun[1], run)  # what cannot be deleted ends nothing
+    assert ended(argv, partial(on_write, Progress, "save", number, fails())).code == 0
+    assert differences(whole, run) == []
 
 
-def test_an_error_and_a_kill_at_each_write_of_a_resume_lose_nothing(
+def test_an_error_and_a_kill_at_every_kind_of_write_of_a_resume_lose_nothing(
     model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
     """The newest checkpoint is damaged, one was set aside before, and the logs are longer than they are to be."""
@@ -141,7 +147,7 @@ def test_an_error_and_a_kill_at_each_write_of_a_resume_lose_nothing(
         prepare()
         names = writes(argv, *where, run.parent / "note")
         assert any(what.startswith(("os.truncate", "os.rename")) for what in names)
-        for number in range(1, len(names) + 1):
+        for number in of_every_kind(names):
             prepare()
             end = ended(argv, partial(on_write, *where, number, fails(errno.ENOSPC)))
             if end.code:
@@ -170,9 +176,20 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [torn, flipped, Path.unlink, emptied])
+DAMAGES: list[Callable[[Path], None]] = [torn, flipped, Path.unlink, emptied]
+
+
+def test_every_damage_to_every_file_of_a_checkpoint_is_noticed(begun: dict[int, Path], run: Path) -> None:
+    for damage in DAMAGES:
+        for name in FILES:
+            copied(begun[2], run)
+            damage(run / "checkpoints" / "step-000002" / name)
+            with pytest.raises(Damaged):
+                verify(run / "checkpoints" / "step-000002")
+
+
 def test_a_damaged_newest_checkpoint_is_named_with_its_file_and_the_one_before_is_used(
-    damage: Callable[[Path], None], model: Path, whole: Path, begun: dict[int, Path], run: Path
+    model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
     assert sorted(FILES) == sorted(
         path.relative_to(newest).as_posix()
@@ -180,12 +197,12 @@ def test_a_damaged_newest_checkpoint_is_named_with_its_file_and_the_one_before_i
         for path in newest.rglob("*")
         if path.is_file()
     )
-    for name in FILES:
+    # Each damage in turn, so that the manifest, the last, and the weights get more than one.
+    tried = [(name, DAMAGES[i % 4]) for i, name in enumerate(FILES)]
+    for name, damage in [*tried, ("model.safetensors", torn), ("manifest.json", flipped), ("manifest.json", emptied)]:
         copied(begun[2], run)
         newest = run / "checkpoints" / "step-000002"
         damage(newest / name)
-        with pytest.raises(Damaged):
-            verify(newest)
         end = assert_goes_on(command(model, run), whole, run)
         lines = [line for line in end.text.splitlines() if "is damaged" in line]
         assert len(lines) == 1 and lines[0].startswith(f"{newest} is damaged (")
@@ -211,7 +228,7 @@ def test_a_disk_that_takes_no_more_of_any_file_of_a_checkpoint_ends_in_one_line(
     model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
     newest = begun[2] / "checkpoints" / "step-000002"
-    for name in FILES:
+    for name in ("model.safetensors", "training/tensors.safetensors", "training/state.json", "manifest.json"):
         copied(begun[1], run)
         takes = disk_takes((newest / name).stat().st_size - 1)
         end = ended([*command(model, run), "--resume"], partial(on_call, Progress, "save", 1, takes))
@@ -237,7 +254,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("left", [0, 24, 64, 140])
+@pytest.mark.parametrize("left", [0, 64])  # kilobytes
 def test_a_full_disk_ends_in_one_line_with_the_checkpoint_before_intact(
     model: Path, whole: Path, begun: dict[int, Path], disk: Path, left: int
 ) -> None:
@@ -314,7 +331,8 @@ def test_a_disk_that_is_full_when_another_file_is_written_ends_in_one_line_too(
     assert_goes_on(command(model, run), whole, run)
 
 
-@pytest.mark.parametrize("name", PLACES)
+# Those that --resume reads or cuts; a full disk, above, leaves a torn line of every file.
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "step-000003.jsonl", "final"])
 def test_a_kill_when_another_file_is_written_loses_nothing(model: Path, whole: Path, run: Path, name: str) -> None:
     assert ended(command(model, run), when_written(name, PLACES[name], dies)).code == 9
     assert_goes_on(command(model, run), whole, run)
@@ -372,7 +390,7 @@ def test_sft_goes_on_after_an_error_and_a_kill_too(model: Path, run: Path) -> No
     whole = run.with_name("whole")
     assert ended(command(model, whole, own=SFT), program=program).code == 0
     argv = command(model, run, own=SFT)
-    for number in (1, 8, 20):
+    for number in (1, 8):
         shutil.rmtree(run, ignore_errors=True)
         end = ended(argv, partial(on_write, Progress, "save", number, fails()), program)
         assert_one_clear_line(end, "step-000001 could not be written: ")

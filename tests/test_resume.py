@@ -53,10 +53,8 @@ CASES: dict[str, tuple[Program, list[str]]] = {
     "SFT in fp16": (sft_core.train.main, [*SFT, "--precision", "fp16"]),
 }
 
-KILLED = [
-    *("as it comes", "mu and a reference", "accumulation, a reference that moves", "LoRA with a reference"),
-    *("fp16 with its scaler", "SFT"),
-]
+# The other cases differ in what a checkpoint holds, which the first test looks at.
+KILLED = ["accumulation, a reference that moves", "SFT"]
 
 
 def lottery(completions: Sequence[str], **columns: object) -> list[float]:
@@ -84,7 +82,7 @@ def started(program: Program, argv: Sequence[str], capsys: pytest.CaptureFixture
 def test_gone_on_with_from_any_of_its_checkpoints_a_run_ends_with_the_same_bits(
     case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    goes_on_from(range(1, STEPS + 1) if case in ("as it comes", "SFT") else [3], case, model, tmp_path, capsys)
+    goes_on_from([1, 3, STEPS] if case in ("as it comes", "SFT") else [3], case, model, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])  # slow on a CPU
@@ -178,7 +176,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(case: str, model: 
     assert end_of(program, command(flags, model, whole), out) == 0, out.read_text()
     took = time.monotonic() - start
     argv = [*command(flags, model, killed), "--save_every", "1"]
-    kills, code = run_killed(program, argv, out, kills=6, longest=took / 2, seed=len(case))
+    kills, code = run_killed(program, argv, out, kills=4, longest=took / 2, seed=len(case))
     assert code == 0, out.read_text()
     assert kills >= 2
     assert differences(whole, killed) == []
