@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -418,55 +417,6 @@ NO_TAG = st.text().filter(lambda text: "<" not in text)  # hypothesis does try t
 def test_the_strict_format_earns_every_format_reward(reasoning, answer):
     text = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
     assert [pay(function, text) for function in FORMAT_REWARDS] == [0.5, 0.5, 0.5]
-
-
-MEGABYTE = 1_000_000
-UNITS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "####", "\n", " ", "1", ",111", "1,", ".", "$-", "²"]
-UNITS += ["</reasoning> ", "</reasoning>\n<answer>", "\n</answer", "<reasoning>\n", "\n</reasoning>\n", "<", "####\n"]
-SHAPES = {
-    "bare": ("", ""),
-    "after the first tag": ("<reasoning>", ""),
-    "inside the strict format": ("<reasoning>\n", "\n</reasoning>\n<answer>\n4\n</answer>\n"),
-    "as the xml answer": ("<reasoning>\nso\n</reasoning>\n<answer>1", "x</answer>"),
-    "as the whole xml answer": ("<reasoning>\nso\n</reasoning>\n<answer>\n1", "\n</answer>\n"),
-    "as the hash answer": ("so\n#### 1", "x"),
-    "as the whole hash answer": ("so\n#### 1", ""),
-    "between the tags": ("<reasoning>a</reasoning>", "x<answer>4</answer>"),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_hostile_megabyte_costs_every_function_less_than_50_ms(shape):
-    start, end = SHAPES[shape]
-    for unit in UNITS:
-        text = start + unit * (MEGABYTE // len(unit)) + end
-        for name, function in TEXT_REWARDS.items():
-            seconds = best_time(lambda function=function, text=text: pay(function, text), enough=0.05)
-            assert seconds < 0.05, f"{name} took {seconds:.3f} s on {unit!r} repeated, {shape}"
-
-
-def test_a_megabyte_of_digits_is_compared_with_a_gold_just_as_long_in_less_than_50_ms():
-    long = "7" * MEGABYTE
-    assert best_time(lambda: pay(correctness_reward_func, xml(long), long + ".0"), enough=0.05) < 0.05
-    assert best_time(lambda: pay(numeric_reward_func, "#### " + long, long + ".0"), enough=0.05) < 0.05
-
-
-def test_the_last_number_of_a_hostile_megabyte_is_found_in_linear_time():
-    for unit in UNITS:
-        # Some shapes hold half a million numbers, which takes 0.2 s; a quadratic scan would take hours.
-        assert best_time(lambda unit=unit: last_number(unit * (MEGABYTE // len(unit))), enough=1.0) < 1.0
-
-
-def best_time(function, enough):
-    """The fastest of up to five calls, in seconds of this thread: the machine may be busy with something else."""
-    best = math.inf
-    for _ in range(5):
-        start = time.thread_time()
-        function()
-        best = min(best, time.thread_time() - start)
-        if best < enough:
-            break
-    return best
 
 
 # --- the real dataset --------------------------------------------------------------------------------------------

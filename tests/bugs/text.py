@@ -133,8 +133,7 @@ BUGS = [
 """,
         "Quadratic in the length of hostile text, and a model under training writes hostile text: the reward takes "
         "minutes for a completion of repeated tags.",
-        (f"{REWARDS}test_a_hostile_megabyte_costs_every_function_less_than_50_ms",),
-        hangs_after=15,
+        ("tests/test_hostile_text.py::test_a_hostile_megabyte_stalls_no_function",),
     ),
     Mutation(
         23,
