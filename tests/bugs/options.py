@@ -7,6 +7,8 @@ from tests.bugs.mutation import Mutation
 OBJECTIVE, STEP, REFERENCE = "tests/test_objective.py::", "tests/test_step.py::", "tests/test_reference.py::"
 VARIANTS, LOSSES, ROLLOUT = "tests/test_variants.py::", "tests/test_losses.py::", "tests/test_rollout.py::"
 
+MOVING_REFERENCE = "tests/test_moving_reference.py::"
+
 BUGS = [
     Mutation(
         27,
@@ -175,7 +177,7 @@ BUGS = [
         "ours.lerp_(theirs, 1 - self.sync_mix)",
         "alpha * old + (1 - alpha) * new, read the other way round. At 0.5 nothing differs; at 1 the reference never "
         "moves.",
-        (f"{REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
+        (f"{MOVING_REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
     ),
     Mutation(
         29,
@@ -184,7 +186,7 @@ BUGS = [
         "ours.lerp_(theirs, self.sync_mix)",
         "theirs.lerp_(ours, self.sync_mix)",
         "Every so often most of what was learned is undone.",
-        (f"{REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
+        (f"{MOVING_REFERENCE}test_the_reference_becomes_a_mixture_of_itself_and_the_policy",),
     ),
     Mutation(
         29,
@@ -193,7 +195,7 @@ BUGS = [
         "if not self.sync_every or self.updates % self.sync_every:",
         "if not self.sync_every:",
         "A reference at the policy's heels holds it to nothing.",
-        (f"{REFERENCE}test_the_reference_moves_at_every_kth_update_and_at_no_other",),
+        (f"{MOVING_REFERENCE}test_the_reference_moves_at_every_kth_update_and_at_no_other",),
     ),
     Mutation(
         30,
@@ -324,7 +326,7 @@ BUGS = [
         "weighted = [weight * value for weight, value in terms if value is not None]",
         "weighted = [weight * (value or 0.0) for weight, value in terms]",
         "A function that does not judge a row pays it as the worst: 'no opinion' becomes 'worthless'.",
-        ("tests/test_rewards.py::test_none_leaves_a_function_out_of_its_row_and_all_none_is_nan",),
+        ("tests/test_score.py::test_none_leaves_a_function_out_of_its_row_and_all_none_is_nan",),
     ),
     Mutation(
         32,
