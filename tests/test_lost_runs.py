@@ -22,7 +22,7 @@ from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,
 )
-from tests.test_lost_numbers import NAN, pytestmark
+from tests.test_lost_numbers import NAN
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

@@ -17,7 +17,7 @@ import sft_core.run.checkpoint
 import sft_core.train
 from sft_core.model.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND
-from tests.test_malicious import ASK, TRAIN, Place, pytestmark
+from tests.test_malicious import ASK, TRAIN, Place
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

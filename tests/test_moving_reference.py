@@ -22,7 +22,7 @@ from tests.helpers import (
     tiny_policy,
     weights,
 )
-from tests.test_reference import disturb, kinds, pytestmark, start
+from tests.test_reference import disturb, kinds, start
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

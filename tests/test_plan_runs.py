@@ -21,7 +21,7 @@ from grpo_core.memory.forecast import GB, Batch, forecast, kept_bytes
 from sft_core.model.shapes import shapes_of
 from sft_core.model.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND, SHARED, tiny_model
-from tests.test_plan import LENGTHS, REAL_QWEN, ROUND, pytestmark, small, source_of
+from tests.test_plan import LENGTHS, REAL_QWEN, ROUND, small, source_of
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

@@ -19,7 +19,8 @@ from rewards import (
     same_number,
 )
 from sft_core.text.prompts import FORMATS
-from tests.test_rewards import TEXT_REWARDS, gsm8k_answers
+from tests.test_rewards import TEXT_REWARDS
+from tests.test_rewards_on_any_text import gsm8k_answers
 
 # What the reward functions pay; the count of tags is a range, and is checked by itself.
 PAID = {

@@ -21,7 +21,7 @@ from tests.helpers import (
     PEFT_IS_BEHIND,
     tokenizer,
 )
-from tests.test_sft import problems, pytestmark
+from tests.test_sft import problems
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

@@ -19,7 +19,6 @@ from tests.helpers import (
     grpo_config,
     tiny_policy,
 )
-from tests.test_step import pytestmark
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 

@@ -29,7 +29,6 @@ from tests.helpers import (
     weights,
 )
 from tests.naive import NaiveStep
-from tests.test_step import pytestmark
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
