@@ -121,7 +121,7 @@ def test_of_several_samples_the_most_frequent_answer_is_taken(capsys: pytest.Cap
     assert capsys.readouterr().out == texts[0] + "\n"
 
 
-def test_equal_numbers_are_one_vote_zero_among_them_and_words_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_numbers_are_one_vote_also_zero_and_words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["#### none", "#### none", "#### none", "#### 5", "#### 0", "#### 5", "#### 0.00", "#### $0"]
 
     def drawn(policy: Policy, prompts: list[list[int]], *_: Any) -> Samples:

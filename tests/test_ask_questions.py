@@ -56,7 +56,7 @@ def test_a_file_of_questions_says_how_many_answers_are_right(
     assert out.splitlines()[-1] == "1 of 2 answers are correct, of 4 in all"
 
 
-def test_ctrl_c_ends_what_nobody_types(
+def test_ctrl_c_ends_the_wait_for_a_question(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> None:

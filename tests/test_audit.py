@@ -118,7 +118,7 @@ def test_groups_are_the_runs_or_those_of_one_question() -> None:
     assert found.columns[0].equal_groups == 1
 
 
-def test_extractors_that_part_ways_are_shown_with_the_row_on_which_one_is_right_first() -> None:
+def test_extractors_that_disagree_are_shown_starting_with_a_row_that_one_gets_right() -> None:
     texts = ["7 or 8\n#### 9", "#### 7", "so it is 7", "#### 7 apples, or 8", "#### 7.", "nothing"]
     found = audit(hash_rows(*texts), load_rewards(["numeric_reward_func"]))
     assert found.extractors == ("hash", "last_number")

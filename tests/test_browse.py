@@ -162,7 +162,7 @@ def test_tokens_that_are_on_file_twice_are_no_obstacle(run: Path) -> None:
         ("heldout/step-000002.jsonl", 1, {"tokens": {}}, "line 2: expected tokens to be of type int; it is {}"),
     ],
 )
-def test_a_record_that_is_none_is_one_line_with_its_file_and_number(
+def test_a_malformed_record_is_one_line_with_its_file_and_line_number(
     run: Path, name: str, line: int, fields: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed(run, name, line, **fields)

@@ -54,7 +54,7 @@ def test_the_page_shows_each_group_and_asks_nobody_for_anything(chromium: Browse
 
 
 @needs_browser
-def test_a_tokens_sign_is_told_by_class_and_its_numbers_by_mouse_and_keys(chromium: Browser, address: str) -> None:
+def test_a_token_shows_its_sign_by_class_and_its_numbers_by_mouse_and_keys(chromium: Browser, address: str) -> None:
     chromium.open(address)
     kinds = "[...block.querySelectorAll('.t')].map((token) => token.classList[1])"
     assert chromium.value(f"[...document.querySelectorAll('.tokens')].map((block) => {kinds})") == [

@@ -157,7 +157,7 @@ def test_numbers_are_those_of_the_log() -> None:
     assert f"{len(lost)} of" in skipped and f"steps {lost[0]}, {lost[1]}" in skipped
 
 
-def test_a_reward_that_reads_another_format_than_the_prompt_asks_for_is_told_so() -> None:
+def test_a_reward_that_reads_another_format_than_the_prompt_asks_for_is_found() -> None:
     finding = found(sick("never_rewarded"), "never_rewarded")
     assert "an answer was found in 100% of the completions" in finding.evidence
     unknown = replace(sick("never_rewarded"), completions=[], eval=[])
@@ -205,7 +205,7 @@ def test_a_run_too_short_to_tell_says_so() -> None:
     assert not any("stopped at step" in note for note in notes(run))
 
 
-def test_a_task_that_becomes_solved_is_a_note_and_no_illness() -> None:
+def test_a_task_that_becomes_solved_is_a_note_and_not_a_finding() -> None:
     run = sick("healthy")
     last = len(run.train) * 3 // 4
     solved = changed(run, accuracy=lambda at, line: 0.95 if at >= last else line["accuracy"])

@@ -28,7 +28,7 @@ from tests.test_doctor import SICK, names, sick
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=LEAST_LINES, max_size=60), st.floats(0.1, 10), st.floats(-100, 100))
-def test_a_change_is_told_alike_in_other_units(values: list[float], scale: float, shift: float) -> None:
+def test_a_change_is_measured_the_same_in_other_units(values: list[float], scale: float, shift: float) -> None:
     values = [round(value, 3) for value in values]
     first, second = Change.of(values), Change.of([scale * value + shift for value in values])
     if first.error > 1e-3:
@@ -44,7 +44,7 @@ def test_a_change_backwards_is_the_opposite_change(values: list[int]) -> None:
     assert forward.fall >= 0 and forward.fall >= -forward.z
 
 
-def test_noise_alone_is_seldom_taken_for_a_change() -> None:
+def test_noise_alone_is_rarely_taken_for_a_change() -> None:
     """As seldom as MOVED, STILL and FELL say, a little more because the noise is estimated too."""
     rng = random.Random(0)
     changes = [Change.of([rng.gauss(0.5, 0.1) for _ in range(40)]) for _ in range(2000)]
@@ -116,7 +116,7 @@ def test_one_lost_number_leaves_its_quantity_readable() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_older_log_lacks_quantities_and_is_read_all_the_same(name: str) -> None:
+def test_an_older_log_with_fewer_quantities_is_read(name: str) -> None:
     run = sick(name)
     for key in run.train[0].keys() - {"kind", "step"}:
         lacking = replace(run, train=[{k: v for k, v in line.items() if k != key} for line in run.train])

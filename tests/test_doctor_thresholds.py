@@ -91,7 +91,7 @@ RISING = [{"problems": 128, "accuracy": value} for value in (0.2, 0.3, 0.6)]
         ),
     ],
 )
-def test_what_looks_alike_and_has_another_reason_is_not_found(
+def test_similar_signs_with_another_cause_are_no_finding(
     name: str, excused: dict[str, Any], ill: dict[str, Any], heldout: list[Any]
 ) -> None:
     run = replace(sick("healthy"), eval=heldout)
@@ -105,7 +105,7 @@ def test_held_out_accuracy_that_rises_clears_a_reward_of_hacking() -> None:
     assert "reward_hacking" in names(replace(run, eval=[]))
 
 
-def test_a_few_skipped_updates_are_no_illness() -> None:
+def test_a_few_skipped_updates_are_no_finding() -> None:
     run = changed_config(sick("healthy"), mu=5)  # 300 updates
     assert "skipped_steps" not in names(changed(run, skipped_steps=6))
     assert "skipped_steps" in names(changed(run, skipped_steps=7))
@@ -133,7 +133,7 @@ def test_a_reward_that_falls_must_fall_by_more_than_its_noise(noise: float, is_f
     assert ("lr_too_high" in names(run)) == is_found
 
 
-def test_an_illness_of_the_optimizer_is_told_by_its_signs_too() -> None:
+def test_an_optimizer_problem_is_found_by_its_signs_too() -> None:
     flat = changed(sick("healthy"), reward_mean=0.3)
     for key in ("grad_norm", "entropy"):
         wild = changed(flat, **{key: lambda at, line: 0.2 if at < 15 else 4.0 + 0.1 * (-1) ** at})
@@ -144,7 +144,7 @@ def test_an_illness_of_the_optimizer_is_told_by_its_signs_too() -> None:
     assert names(learns) == []  # the reward has risen all the same
 
 
-def test_a_flat_reward_is_a_matter_of_the_learning_rate_only_where_there_is_none() -> None:
+def test_a_flat_reward_is_blamed_on_the_learning_rate_only_where_that_is_tiny() -> None:
     flat = replace(changed(sick("healthy"), reward_mean=0.3, accuracy=0.3), eval=[])
     assert names(flat) == ["reward_flat"]
     assert names(changed(flat, learning_rate=1.1e-7)) == ["reward_flat"]
@@ -184,7 +184,7 @@ def test_where_every_reward_is_earned_by_all_the_task_is_too_easy_and_no_functio
     assert names(changed(sick("healthy"), **earned, accuracy=0.99, zero_variance_share=0.9)) == ["too_easy"]
 
 
-def test_a_cut_sampler_and_half_precision_are_told_from_a_bug() -> None:
+def test_a_cut_sampler_or_half_precision_is_not_taken_for_a_bug() -> None:
     gap = changed(sick("healthy"), sampler_gap_mean=0.01)
     assert "a bug" in found(gap, "sampler_gap").advice
     assert "sampler_gap" not in names(changed_config(gap, precision="bf16"))

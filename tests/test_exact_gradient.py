@@ -233,7 +233,7 @@ def test_off_policy_a_tokens_own_ratio_is_unbiased_where_completions_have_one_to
     assert relative_error(2 * direction, true_gradient(here, policy, reward_R)) < EXACT
 
 
-def test_clipping_takes_out_what_goes_on_in_its_own_direction_beyond_the_bounds() -> None:
+def test_clipping_removes_only_gradients_that_push_further_beyond_the_bounds() -> None:
     """One-token completions, G = 2: the gradient of E[h] with h(c) the mean of (r_c - r_d) / 2 over partners d, but 0
     for the pairs where c is the better one and likelier than 1.2 times before, or the worse one and rarer than 0.8."""
     here, policy, reward_R = world(5, 1), table_policy(5, 1), arbitrary_rewards(5)

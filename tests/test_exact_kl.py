@@ -74,7 +74,7 @@ def test_kl_in_the_reward_has_the_gradient_of_the_sequences_kl(network: str) -> 
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_weights_that_depend_on_lengths_bend_the_gradient_of_both_kl_terms(aggregation: Aggregation) -> None:
+def test_weights_that_depend_on_lengths_bias_the_gradient_of_both_kl_terms(aggregation: Aggregation) -> None:
     here, policy, reference = kl_setting("table")
     true = kl_gradients(here, policy, reference)
     for corrected, truth in ((False, true.forward), (True, true.reverse)):

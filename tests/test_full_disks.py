@@ -165,7 +165,7 @@ def test_the_built_in_models_weights_on_a_full_disk_are_one_line(run: Path) -> N
 
 
 @pytest.mark.parametrize("damage", [torn, emptied])
-def test_logs_that_have_lost_their_end_are_named_and_the_run_goes_on(
+def test_logs_that_have_lost_their_end_are_named_and_the_run_continues(
     damage: Callable[[Path], None], model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
     copied(begun[2], run)
@@ -200,7 +200,7 @@ def test_damaged_answers_cost_the_comparison_alone(
     assert differences(whole, run) == ["heldout/step-000000.jsonl"]
 
 
-def test_sft_goes_on_after_an_error_and_a_kill_too(model: Path, run: Path) -> None:
+def test_sft_resumes_after_an_error_and_a_kill_too(model: Path, run: Path) -> None:
     program = sft_core.train.main
     whole = run.with_name("whole")
     assert ended(command(model, whole, own=SFT), program=program).code == 0

@@ -183,7 +183,7 @@ def test_a_first_signal_while_a_failed_run_is_saved_lets_it_be_saved(model: Path
     verify(checkpoints(run)[-1])
 
 
-def test_a_disk_that_is_full_when_a_run_is_interrupted_is_told(model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_when_a_run_is_interrupted(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     def before() -> None:
@@ -215,7 +215,7 @@ def whole_sft(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("moment", "number"), list(zip(SFT_MOMENTS, [*CODES, *CODES], strict=True)))
-def test_sft_is_saved_and_goes_on_too(moment: str, number: int, model: Path, whole_sft: Path, tmp_path: Path) -> None:
+def test_sft_is_saved_and_resumes_too(moment: str, number: int, model: Path, whole_sft: Path, tmp_path: Path) -> None:
     owner, name, call, after, step = SFT_MOMENTS[moment]
     before = partial(on_call, owner, name, call, sends(number), after)
     argv = command(model, tmp_path / "run", "--save_every", "0", own=SFT)
@@ -241,7 +241,7 @@ def short_start(before: Action | None = None) -> Callable[[], None]:
     return patch
 
 
-def test_interrupted_in_its_supervised_start_a_run_says_how_it_goes_on_and_does(tmp_path: Path) -> None:
+def test_a_run_interrupted_in_its_supervised_start_says_how_to_resume_and_does(tmp_path: Path) -> None:
     flags = ["--preset", "tiny", "--max_steps", "1", "--prompts_per_step", "1", "--group_size", "2"]
     flags += ["--max_completion_tokens", "4", "--eval_problems", "2", "--no_progress", "--save_every", "1"]
     whole, run = tmp_path / "whole" / "run", tmp_path / "parts" / "run"

@@ -151,7 +151,7 @@ def test_sft_names_the_demonstrations_that_hold_the_poison() -> None:
         policy.model.eval()
 
 
-def test_an_overflow_that_halving_the_factor_cures_is_nobodys_fault() -> None:
+def test_an_overflow_that_halving_the_factor_cures_names_no_rows() -> None:
     parts = learner(tiny_policy(precision="fp16"), grpo_config())
     parts.optimizer.scaler._init_scale = 2.0**40
     rows = groups(parts.policy, ())

@@ -82,7 +82,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return all(torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7)) for name in one | other)
 
 
-def test_a_grpo_run_that_is_lost_is_logged_saved_and_names_its_rows_and_can_be_gone_on_with(
+def test_a_grpo_run_that_loses_its_numbers_is_logged_saved_names_its_rows_and_can_resume(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

@@ -67,7 +67,7 @@ def test_an_index_that_points_elsewhere_is_refused(place: Place, named: Any) -> 
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', "{", "\x00"])
-def test_an_index_that_is_none_is_refused(place: Place, text: str) -> None:
+def test_a_malformed_index_is_refused(place: Place, text: str) -> None:
     model = place.path / "model"
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(text)

@@ -166,7 +166,7 @@ def test_a_command_that_fails_stops_the_notebook(tmp_path: Path, monkeypatch: py
         names["command"]("failing")
 
 
-def test_an_interrupt_reaches_the_command_once_and_it_may_end_in_peace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_reaches_the_command_once_and_lets_it_save(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that is interrupted saves itself first: it must neither be killed nor be interrupted twice."""
     program = "import sys, time\ntry:\n    sys.stdout.write('ready\\n')\n    sys.stdout.flush()\n    time.sleep(60)\n"
     program += "except KeyboardInterrupt:\n    print('saved')\n"

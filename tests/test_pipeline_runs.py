@@ -53,7 +53,7 @@ def stopped(call: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return own
 
 
-def test_an_interrupted_pipeline_goes_on_in_the_stage_that_was_interrupted(
+def test_an_interrupted_pipeline_resumes_in_the_stage_that_was_interrupted(
     undisturbed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -79,7 +79,9 @@ def test_an_interrupted_pipeline_goes_on_in_the_stage_that_was_interrupted(
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
 
 
-def test_a_pipeline_goes_on_as_it_began(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_resumes_with_the_settings_that_it_began_with(
+    undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(undisturbed)
     for flags, line in (
         (["--resume", str(undisturbed), "--grpo.lr", "1"], "--lr 1.0: the run in "),

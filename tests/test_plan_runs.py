@@ -116,7 +116,7 @@ def test_the_t4_preset_fits_a_t4() -> None:
     assert "NOT fit" in answer(replace(question, where=replace(GPUS["t4"], memory=8 * GB)))
 
 
-def test_a_machine_that_nobody_knows_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_gpu_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         benchmarks.plan.__main__.main(["tiny", "--gpu", "t5"])
     captured = capsys.readouterr()

@@ -85,7 +85,7 @@ def test_every_column_is_cut_to_the_row_that_is_tried_alone() -> None:
     assert calls == [(["?"] * 4, ROWS, ["4"] * 4), *((["?"], [text], ["4"]) for text in ROWS[:3])]
 
 
-def test_what_a_function_does_to_its_lists_reaches_nobody_else() -> None:
+def test_a_function_that_changes_its_lists_changes_nobody_elses() -> None:
     def greedy(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         answer.clear()
         return [float(bool(completions.pop())) for _ in range(len(completions))]
@@ -128,7 +128,7 @@ def test_what_is_not_a_value_for_each_row_in_order_is_refused(returned: Any) -> 
     assert str(error).endswith(", not a list of 4 values") and f"returned {repr(returned)[:4]}" in str(error)
 
 
-def test_a_value_whose_own_methods_raise_is_refused_all_the_same() -> None:
+def test_a_value_whose_own_methods_raise_is_refused_too() -> None:
     class Broken:
         def __float__(self) -> float:
             raise KeyError("float")
@@ -205,7 +205,7 @@ def test_the_limit_is_each_functions_own_and_0_is_none() -> None:
     assert score(slow, ["?"], ["x"], {}, timeout=0).by_function["c"] == [None]
 
 
-def test_no_alarm_is_left_and_an_earlier_one_goes_on() -> None:
+def test_no_alarm_is_left_and_an_earlier_one_keeps_running() -> None:
     rung: list[int] = []
     earlier = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
     try:

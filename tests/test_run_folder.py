@@ -94,7 +94,7 @@ def test_after_kill_9_the_lock_is_free(model: Path, whole: Path, run: Path) -> N
     assert differences(whole, run) == []
 
 
-def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, whole: Path, run: Path) -> None:
+def test_a_file_system_without_locks_gets_a_message_and_the_run_continues(model: Path, whole: Path, run: Path) -> None:
     end = ended(command(model, run, "--resume"), lambda: on_call(__import__("fcntl"), "flock", 1, fails()))
     assert end.code == 0 and f"{run} cannot be locked on this file system" in end.text
     assert differences(whole, run) == []
@@ -103,7 +103,7 @@ def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, whole:
 # --- a folder that holds something
 
 
-def test_a_run_is_neither_gone_on_with_nor_deleted_without_being_told_to(model: Path, run: Path) -> None:
+def test_a_run_is_neither_resumed_nor_deleted_without_its_flag(model: Path, run: Path) -> None:
     before = contents(run)
     end = ended(command(model, run))
     assert_refused(end, f"--output_dir {run}: ", "which --overwrite deletes and --resume goes on with")
@@ -126,7 +126,7 @@ def test_overwrite_deletes_the_run_and_no_file_of_anybody_else(model: Path, whol
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.yaml", "checkpoints/best.ckpt"], ["log.jsonl"]])
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
-def test_a_folder_of_strangers_files_is_refused_whatever_is_asked(
+def test_a_folder_with_other_peoples_files_is_refused_under_every_flag(
     names: list[str], flag: list[str], model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "theirs"
@@ -139,7 +139,7 @@ def test_a_folder_of_strangers_files_is_refused_whatever_is_asked(
     assert contents(folder) == before
 
 
-def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_its_first_moments_can_be_started_again(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml.unfinished").write_text("model: ti")
@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, 
 
 
 @pytest.mark.parametrize("form", ["bare", "run", "run with its folder", "checkpoint", "relative"])
-def test_every_form_of_resume_goes_on_to_the_same_end(form: str, model: Path, whole: Path, run: Path) -> None:
+def test_every_form_of_resume_comes_to_the_same_end(form: str, model: Path, whole: Path, run: Path) -> None:
     short = ["--no_progress", "--resume"]
     argv = {
         "bare": command(model, run, "--resume"),

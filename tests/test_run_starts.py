@@ -27,7 +27,7 @@ from tests.runs import QUIET, REAL_GSM8K, REAL_QWEN, SMALL, Run, grpo, same, sft
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
 
-def test_grpo_goes_on_from_an_sft_adapter_which_is_its_reference(
+def test_grpo_starts_from_an_sft_adapter_which_is_its_reference(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -116,7 +116,7 @@ def test_the_warm_start_is_made_once_and_found_again(short_warm_start: list[Path
     assert len(short_warm_start) == 2 and len(list(Path("runs").glob("tiny-sft-*"))) == 2
 
 
-def test_a_warm_start_that_was_stopped_half_way_is_gone_on_with(short_warm_start: list[Path]) -> None:
+def test_a_warm_start_that_was_stopped_half_way_is_resumed(short_warm_start: list[Path]) -> None:
     the_embedded_job()
     [folder] = Path("runs").glob("tiny-sft-*")
     log, weights = (folder / "log.jsonl").read_text(), (folder / "final" / "model.safetensors").read_bytes()

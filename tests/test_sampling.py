@@ -125,7 +125,7 @@ def test_tokens_are_drawn_from_the_whole_vocabulary() -> None:
 
 
 @families
-def test_greedy_tokens_are_the_likeliest_whatever_the_padding(family: Family) -> None:
+def test_greedy_tokens_are_the_most_probable_with_any_padding(family: Family) -> None:
     policy = ends_often(tiny_policy(family))
     rows = sample(policy, PROMPTS, replace(EIGHT, temperature=0)).rows
     for row, prompt in enumerate(PROMPTS):

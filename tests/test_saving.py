@@ -61,7 +61,7 @@ def test_checkpoints_are_written_and_kept_as_asked(
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "10s", "m", "", "1e3", "10 m", "nanm", "٣"])
-def test_an_interval_that_is_none_is_one_line(value: str, model: Path, tmp_path: Path) -> None:
+def test_a_malformed_interval_is_refused_in_one_line(value: str, model: Path, tmp_path: Path) -> None:
     message = message_of(command(model, tmp_path / "run", f"--save_every={value}"))
     assert message == f"--save_every {value}: expected a number of steps (100) or of minutes (10m)"
 
@@ -76,7 +76,7 @@ def test_what_a_kill_has_left_unfinished_is_deleted_when_the_next_checkpoint_is_
 # --- what is written down
 
 
-def test_provenance_tells_of_each_time_that_the_run_was_gone_on_with(model: Path, killed: Path, run: Path) -> None:
+def test_provenance_lists_every_resume(model: Path, killed: Path, run: Path) -> None:
     begun = json.loads((killed / "provenance.json").read_text())
     argv = command(model, run, "--resume", "--keep_last", "0")
     assert ended(argv, partial(on_call, Progress, "save", 1, dies, True)).code == 9
@@ -120,7 +120,7 @@ def test_the_optimizers_moments_may_move_between_resumes(
     assert differences(whole, run) == []
 
 
-def test_an_sft_run_is_not_gone_on_with_by_grpo(model: Path, tmp_path: Path) -> None:
+def test_grpo_does_not_resume_an_sft_run(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ends = partial(on_call, Progress, "save", 1, dies, True)
     assert ended(command(model, run, own=SFT), ends, sft_core.train.main).code == 9

@@ -17,7 +17,7 @@ BUGS = [
         "return -torch.minimum(ratio.clamp(max=delta) * advantage_NT, clipped * advantage_NT)",
         "return -clipped * advantage_NT",
         "A token that moved the wrong way by more than epsilon has no gradient back: mistakes are frozen in.",
-        (f"{OBJECTIVE}test_a_good_token_that_became_rarer_is_never_clipped",),
+        (f"{OBJECTIVE}test_a_good_token_that_became_less_probable_is_never_clipped",),
     ),
     Mutation(
         27,
@@ -27,7 +27,7 @@ BUGS = [
         "-torch.maximum(ratio.clamp(max=delta) * advantage_NT, ",
         "PPO's pessimism turned into optimism: what has gone far enough is pushed on, what went wrong is let go. From "
         "a sign moved out of the minimum and not turned over.",
-        (f"{OBJECTIVE}test_a_good_token_that_became_likely_enough_pulls_no_more",),
+        (f"{OBJECTIVE}test_a_good_token_above_the_upper_bound_has_no_gradient",),
     ),
     Mutation(
         27,
@@ -36,7 +36,7 @@ BUGS = [
         "clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)",
         "clipped = ratio.clamp(1 - epsilon_high, 1 + epsilon_low)",
         "Nothing happens while they are equal; with DAPO's 0.28 the room is given to the wrong side.",
-        (f"{OBJECTIVE}test_a_good_token_that_became_likely_enough_pulls_no_more",),
+        (f"{OBJECTIVE}test_a_good_token_above_the_upper_bound_has_no_gradient",),
     ),
     Mutation(
         27,

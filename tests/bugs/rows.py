@@ -89,7 +89,7 @@ BUGS = [
         "torch.arange(N, device=device), prompt_NP, attention_NP\n",
         "torch.arange(N, device=device), prompt_NP, torch.ones_like(attention_NP)\n",
         "Samples are drawn from a policy that reads padding, and are learned under one that does not.",
-        (f"{SAMPLING}test_greedy_tokens_are_the_likeliest_whatever_the_padding",),
+        (f"{SAMPLING}test_greedy_tokens_are_the_most_probable_with_any_padding",),
     ),
     Mutation(
         4,
