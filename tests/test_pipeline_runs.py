@@ -86,7 +86,7 @@ def test_a_pipeline_resumes_with_the_settings_that_it_began_with(
     for flags, line in (
         (["--resume", str(undisturbed), "--grpo.lr", "1"], "--lr 1.0: the run in "),
         (["--resume", str(undisturbed), "--mode", "grpo"], "--mode grpo: the grpo of the pipeline in "),
-        (["--output_dir", str(undisturbed)], f"--output_dir {undisturbed}: holds a pipeline; --resume goes on"),
+        (["--output_dir", str(undisturbed)], f"--output_dir {undisturbed}: holds a pipeline; --resume continues"),
     ):
         with pytest.raises(SystemExit):
             main(flags)
