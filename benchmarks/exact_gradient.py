@@ -32,7 +32,7 @@ BLOCKS = (
 HEAD = """# What a step does on average, exactly
 
 A language of 4 or 5 tokens with completions of at most 3 is small enough to list every completion and every group of
-them. Each group's loss is computed by this project's own functions, in float64, and weighed by its probability: the
+them. Each group's loss is computed by this project's own functions, in float64, and multiplied by its probability: the
 gradient of the sum is the expected gradient, with no sampling noise. It is compared with the true gradient of what the
 loss stands for, differentiated as a plain sum over completions.
 

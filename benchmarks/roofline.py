@@ -2,7 +2,7 @@
 products, or its traffic at the memory's bandwidth, whichever takes longer (the roofline model).
 
 Real steps take longer: kernels are launched one by one, small products do not reach a machine's rate, Python runs in
-between. What the forecast is good for is which phase will be long, and what it is bound by.
+between. The forecast is good for which phase will be long, and what limits it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Phase:
         return max(self.flops / ceilings.flops, self.bytes / ceilings.bytes)
 
     def bound(self, ceilings: Ceilings) -> str:
-        """What it waits for."""
+        """What limits it: arithmetic or memory."""
         return "arithmetic" if self.flops / ceilings.flops > self.bytes / ceilings.bytes else "memory"
 
 

@@ -1,7 +1,7 @@
 """Where a step's time and memory go: `python -m benchmarks.step_time tiny`
 
 Takes a workload's steps one after the other and reports, for each phase, the median time, tokens a second, the peak
-memory while it ran, and how near it comes to what this machine's arithmetic and memory traffic allow. Any flag of
+memory while it ran, and how close it comes to what this machine's arithmetic and memory traffic allow. Any flag of
 grpo_core.train may follow the workload: `python -m benchmarks.step_time qwen-0.5b --model FOLDER --half_copies False`.
 """
 

@@ -26,8 +26,8 @@ from sft_core.errors import Refused
 from sft_core.model.policy import Policy, load_policy, load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.checkpoint import write_text
+from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.runlog import RunFolder, append_jsonl
-from sft_core.run.told import UNTOUCHED
 from sft_core.text.prompts import drop_long_prompts
 from sft_core.text.tasks import Example, load_heldout
 

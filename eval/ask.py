@@ -2,8 +2,8 @@
 
 python -m eval.ask RUN_OR_MODEL [--question "..."] [--questions FILE.jsonl] [--append_to FILE.jsonl]
 
-A run folder is asked as it was trained: its prompt format, system prompt, shots and budgets. The reasoning is shown
-while it is written. A line of the file that answers are appended to is a problem of GSM8K's form (`question`, and
+A run folder's model is prompted as in training: its prompt format, system prompt, shots and budgets. The reasoning is
+shown while it is written. A line of the file that answers are appended to is a problem of GSM8K's form (`question`, and
 `answer` ending in `#### N`) with the model's own reasoning as its solution, so that the file can be given to --task.
 """
 
@@ -143,7 +143,7 @@ class AskJob:
 
     @property
     def unanswered(self) -> Path:
-        """Beside `kept`, for what is no problem that could be trained on."""
+        """The file next to `kept` for answers that cannot be trained on."""
         return (self.kept or Path(KEPT)).with_suffix(".unanswered.jsonl")
 
     def ask(self, policy: Policy) -> None:
@@ -175,7 +175,7 @@ class AskJob:
             print(f"{correct} of {known} answers are correct, of {asked} in all")
 
     def _answer(self, policy: Policy, question: Question) -> dict[str, Any] | None:
-        """Ask one question, show the answer and keep it; None where it cannot be asked."""
+        """Ask one question, show the answer and keep it; None if it cannot be asked."""
         config = self.config
         prompt = encode_prompt(policy.tokenizer, prompt_messages(Example(question.text, "", ""), config))
         if len(prompt) > config.max_prompt_tokens:
@@ -188,7 +188,7 @@ class AskJob:
         print(shown(answer, question, config) + "\n")
         record = self._record(question, answer)
         if self.kept:
-            # A line without a number would make of the file no task any more.
+            # A line without a number would make the file unusable as a task.
             usable = record["answer"] is not None
             append_jsonl(self.kept if usable else self.unanswered, [record])
         return record
@@ -220,7 +220,7 @@ class AskJob:
 
 
 def shown(answer: Reply, question: Question, config: AskConfig) -> str:
-    """The end of an answer, for the person who asked."""
+    """The lines printed after an answer."""
     if answer.extracted:
         found = f"Answer: {answer.extracted}"
     else:
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             job = prepare(sys.argv[1:] if argv is None else argv)
         with user_errors(Refused):
             policy = trusted_sampler(load_policy(job.config, job.source))
-            transformers.logging.set_verbosity_error()  # its advice would come between question and answer
+            transformers.logging.set_verbosity_error()  # its advice would appear between question and answer
             job.ask(policy)
 
 

@@ -1,7 +1,7 @@
 """Compare evaluations of the same problems, pair by pair. `python -m eval.compare RUN_A RUN_B [RUN ...]`
 
-A RUN is the run folder of an evaluation, its answers.jsonl, or a step's file in a GRPO run's heldout/. A GRPO run's
-folder by itself is compared before and after training; among others it stands for its last evaluation.
+A RUN is the run folder of an evaluation, its answers.jsonl, or a step's file in a GRPO run's heldout/. A single GRPO
+run folder is compared before and after training; among others it stands for its last evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAIRED_METHOD = (
 
 
 def paired(first: Sequence[Answered], second: Sequence[Answered]) -> Paired:
-    """By the strict rule, of the same problems in the same order."""
+    """The paired outcome, by the strict rule, of the same problems in the same order."""
     return Paired.of([a.strict for a in first], [a.strict for a in second])
 
 
@@ -70,7 +70,7 @@ def comparison_cells(first: Sequence[Answered], second: Sequence[Answered], name
 
 
 def changed(first: Sequence[Answered], second: Sequence[Answered], names: tuple[str, str], count: int) -> str:
-    """The first so many problems that were won, and as many that were lost, with both answers."""
+    """The first problems that were won, and as many that were lost, with both answers."""
     pairs = list(zip(first, second, strict=True))
     shown = []
     for title, won in (("won", True), ("lost", False)):
@@ -143,7 +143,7 @@ def in_order(other: Named, first: Named) -> list[Answered]:
             f"{counts} (--task, --eval_file, --eval_problems and --max_prompt_tokens choose them)"
         )
     waiting: defaultdict[tuple[str, str], list[Answered]] = defaultdict(list)
-    for answer in reversed(other.answers):  # a problem that is there twice is taken in its order
+    for answer in reversed(other.answers):  # duplicates are matched in their order
         waiting[_problem(answer)].append(answer)
     return [waiting[_problem(answer)].pop() for answer in first.answers]
 

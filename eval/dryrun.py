@@ -1,4 +1,4 @@
-"""--dry_run of an evaluation; what it is: sft_core/run/told.py."""
+"""--dry_run of an evaluation; what it is: sft_core/run/plan_lines.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eval.config import EvalConfig
 from eval.trust import trusted_sampler
 from sft_core.model.source import Source
-from sft_core.run.told import GB, loaded, told, told_answers, told_folder, told_lengths, told_model
+from sft_core.run.plan_lines import GB, answers_text, folder_line, lengths_text, loaded, model_line, plan_text
 from sft_core.text.prompts import encode_prompt, prompt_messages
 from sft_core.text.tasks import Example
 
@@ -20,10 +20,10 @@ def eval_plan(config: EvalConfig, source: Source, heldout: Sequence[Example]) ->
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         lines = {
             "task": f"{config.task}: {len(heldout):,} problems; {config.prompt_format} answers, {config.shots} shots",
-            "model": told_model(config, policy).rpartition(", ")[0] + f"; {policy.precision.name} on {policy.device}",
-            "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; answers of "
-            f"{config.max_completion_tokens} at most, {told_answers(config.samples)}, {config.batch_size} at once",
+            "model": model_line(config, policy).rpartition(", ")[0] + f"; {policy.precision.name} on {policy.device}",
+            "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; answers of "
+            f"{config.max_completion_tokens} at most, {answers_text(config.samples)}, {config.batch_size} at once",
             "memory": f"{weights / GB:.2f} GB of weights, and the keys and values of a batch",
-            "folder": told_folder(config, "eval"),
+            "folder": folder_line(config, "eval"),
         }
-    return told(lines)
+    return plan_text(lines)

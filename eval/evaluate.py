@@ -1,5 +1,4 @@
-"""Accuracy on held-out problems, strict and lenient, greedy and of several samples, with what is needed to understand
-it."""
+"""Accuracy on held-out problems: strict and lenient, of greedy answers and of samples, with every answer kept."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from sft_core.text.tasks import Example
 
 @dataclass(frozen=True)
 class Reply:
-    """A response to a problem, and what it is worth."""
+    """A response to a problem, and its score."""
 
     response: str
     extracted: str | None  # by the prompt format's own rule; None or '' where the format was not kept
@@ -40,7 +39,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answered:
-    """One problem and what the policy made of it: the greedy response, and the samples where some were drawn."""
+    """One problem and the policy's answers: the greedy response, and the samples if any were drawn."""
 
     question: str
     expected: str
@@ -65,7 +64,7 @@ class Answered:
 
 
 def _read(kind: Any, row: Any) -> Any:
-    """The fields that this version knows; one without a default must be there."""
+    """The fields that this version knows; those without a default must be present."""
     for f in fields(kind):
         needed = f.default is MISSING and f.default_factory is MISSING
         if needed and f.name not in row:
@@ -179,15 +178,14 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Evaluation:
-    """Ask every problem once, greedily, and draw so many samples of each beside it. Answers come back in the given
-    order.
+    """Answer every problem greedily, and draw so many samples for each. Answers are in the order of the problems.
 
-    Problems of like length share a batch of `batch_size` rows, and the samples of a problem stand side by side, so that
-    its prompt is encoded once. The samples depend on `seed` and the batch size alone, and the random state of whoever
-    asks, as of training, is afterwards what it was.
+    Problems of similar length share a batch of `batch_size` rows, and the samples of a problem are consecutive rows, so
+    that its prompt is encoded once. The samples depend on `seed` and the batch size alone, and the caller's random
+    state (that of training) is restored afterwards.
     """
     prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, task)) for example in examples]
-    # Longest first: memory runs out at once or never.
+    # Longest first: memory runs out in the first batch or never.
     by_length = sorted(range(len(examples)), key=lambda i: len(prompts[i]), reverse=True)
     replies: dict[int, list[Reply]] = {i: [] for i in by_length}
     start = time.perf_counter()
@@ -225,7 +223,7 @@ def evaluate(
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """A block whose draws follow from the seed, and move nobody else's."""
+    """A block whose draws follow from the seed and leave all other random states as they were."""
     before = random_state()
     torch.manual_seed(seed)
     try:

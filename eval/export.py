@@ -1,9 +1,8 @@
-"""Make of a run something to give away: a folder that opens with plain transformers, a zip of it, an upload to the hub.
+"""Export a run's model: to a folder that opens with plain transformers, a zip of it, an upload to the hub.
 
 python -m eval.export RUN_OR_MODEL --output FOLDER [--zip FILE.zip] [--merge] [--push_to_hub OWNER/NAME [--private]]
 
-Whatever is made is opened again before it is called done, and its logits are compared with those of the model that it
-was made from.
+Every export is opened again, and its logits are compared with those of the model that it was made from.
 """
 
 from __future__ import annotations
@@ -148,8 +147,8 @@ def difference(expected: Tensor, found: Tensor, what: str) -> float:
 
 
 def zipped(folder: Path, path: Path) -> str:
-    """Zip a folder's files under the zip's own name, read them back, and say how much it is. The same files make the
-    same bytes; weights are not compressed, which would gain a tenth at most.
+    """Zip a folder's files below a folder of the zip's name, read them back, and return a line with its size. The same
+    files make the same bytes; weights are not compressed, which would save a tenth at most.
 
     Raises:
         NotSaved: the disk is full; what was written is damaged.
@@ -197,7 +196,7 @@ def prepare(config: ExportConfig) -> ExportJob:
 
 
 def card_of(config: ExportConfig, trained: Trained, adapter: bool) -> str:
-    """The run's; without a run the one that is there; else one that says that nothing is known."""
+    """The run's card; without a run the model's own; else one that says that nothing is known."""
     own = Path(trained.model) / CARD
     if trained.run is None and own.is_file() and not config.merge:
         return own.read_text(encoding="utf-8", errors="replace")

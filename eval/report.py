@@ -15,7 +15,7 @@ SAMPLED_METHOD = " pass@k and maj@k: of samples; Wilson's interval at the mean's
 
 
 def method(summaries: Sequence[dict[str, Any]]) -> str:
-    """What the figures of a table are."""
+    """What the figures in a table mean."""
     return METHOD + SAMPLED_METHOD * any("samples" in summary for summary in summaries)
 
 

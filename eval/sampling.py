@@ -1,10 +1,10 @@
-"""Completions from a policy through `model.generate`: drawn, unless top-k, top-p or min-p cut it, from just the
-distribution that the learner scores.
+"""Completions from a policy through `model.generate`: drawn from exactly the distribution
+that the learner scores, unless top-k, top-p or min-p cut it.
 
-A prompt is read once and its keys and values are handed to its G rows. `generate` is called in segments: when a quarter
-of the rows have ended, they leave, and the others continue with their part of the cache.
+A prompt is encoded once, and its keys and values are copied to its G rows. `generate` is called in segments: when a
+quarter of the rows have ended, they leave the batch, and the others continue with their part of the cache.
 
-    q q q | a b e                  first segment: rows 1 and 2 read q once; row 2 ends
+    q q q | a b e                  first segment: rows 1 and 2 share q; row 2 ends
     q q q | c e .
     q q q | a b e | d f e          second segment: row 1 alone
 """
@@ -60,7 +60,7 @@ class Samples:
 def sample(
     policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, streamer: TextStreamer | None = None
 ) -> Samples:
-    """One completion for each prompt (token lists), in one batch; a single one is shown to `streamer` on its way."""
+    """One completion for each prompt (token lists), in one batch; `streamer` shows a single one as it is drawn."""
     prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
     completion_NT, logp_NT = _generate(policy, prompts, prompt_NP, prompt_len_N, sampling, streamer)
@@ -71,7 +71,7 @@ def sample(
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Length up to and including the first end-of-sequence id, and whether there was one. What follows is filler.
+    """Length up to and including the first end-of-sequence id, and whether there was one. What follows it is padding.
 
     >>> lengths, ended = completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7], [3, 5, 2]]), eos_ids=[2, 3])
     >>> lengths.tolist(), ended.tolist()
@@ -91,11 +91,11 @@ def _generate(
     sampling: Sampling,
     streamer: TextStreamer | None,
 ) -> tuple[Tensor, Tensor]:
-    """completion_NT, each row's tokens and then filler; logp_NT, float32, at the temperature, before any cut."""
+    """completion_NT, each row's tokens and then padding; logp_NT, float32, at the temperature, before any cut."""
     device, (N, P), budget = policy.device, prompt_NP.shape, sampling.max_completion_tokens
     completion_NT = torch.full((N, budget), policy.pad_id, device=device)
     logp_NT = torch.zeros(N, budget if sampling.temperature else 0, device=device)
-    # None: `generate` makes one of the model's own kind.
+    # None: `generate` makes a cache of the model's own kind.
     cache: Any = DynamicCache(config=policy.model.config) if policy.prefill or policy.rows_leave else None
     width = 0  # tokens drawn until now
     with (
@@ -136,7 +136,7 @@ def _generate(
 
 
 def _generation_config(policy: Policy, sampling: Sampling, tokens: int) -> GenerationConfig:
-    """All that `generate` is told. The model's own settings (repetition penalty, top-k, top-p) are not inherited."""
+    """All of `generate`'s settings. The model's own (repetition penalty, top-k, top-p) are not inherited."""
     config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
     if sampling.temperature:
         config.update(do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
@@ -147,7 +147,7 @@ def _generation_config(policy: Policy, sampling: Sampling, tokens: int) -> Gener
 def prefill_once(
     cache: Any, model: Any, prompts: Sequence[Sequence[int]], prompt_NP: Tensor, attention_NP: Tensor
 ) -> None:
-    """Put each row's prompt but its last token in the cache, computed once where consecutive prompts are the same."""
+    """Fill the cache with each row's prompt except its last token, computed once for consecutive equal prompts."""
     if prompt_NP.shape[1] == 1:
         return
     first = [row for row in range(len(prompts)) if row == 0 or prompts[row] != prompts[row - 1]]
@@ -180,8 +180,8 @@ class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
     """Keeps each sampled token's log-probability without keeping any step's logits.
 
     `generate` calls it with the logits of step t, before it applies the temperature; the token drawn from them is the
-    last of `input_ids` at step t + 1. Nothing can be drawn from logits that are not numbers: such a row ends there, and
-    `Optimizer`, whose learner finds the same, skips the step and names the row.
+    last of `input_ids` at step t + 1. Nothing can be drawn from logits that are NaN: such a row ends there, and
+    `Optimizer`, where the learner finds the same, skips the step and names the row.
     """
 
     def __init__(self, temperature: float, eos_id: int) -> None:

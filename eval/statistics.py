@@ -1,7 +1,7 @@
 """What n right answers of N are worth: intervals, pass@k, maj@k, and the paired comparison of two evaluations.
 
-Everything here is exact arithmetic on counts, but for the intervals, which are at 95% and approximate: each names its
-source. A problem is the unit: problems are the sample of which the intervals speak, never answers or tokens.
+Everything here is exact arithmetic on counts, except the 95% intervals, which are approximate; each names its source.
+The unit is the problem: the intervals are about a sample of problems, never of answers or tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def sizes(n: int) -> list[int]:
-    """The k of pass@k and maj@k that are reported of n samples.
+    """The values of k for which pass@k and maj@k are reported with n samples.
 
     >>> sizes(1), sizes(8), sizes(10)
     ([1], [1, 2, 4, 8], [1, 2, 4, 8, 10])
@@ -62,8 +62,8 @@ def sizes(n: int) -> list[int]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of the n samples, drawn without replacement, hold one of the `right` ones: the unbiased estimate of
-    pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """Probability that k of the n samples, drawn without replacement, contain one of the `right` ones: the unbiased
+    estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
 
     >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
     (0.25, 0.5, 1.0)
@@ -73,8 +73,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def agreeing(answers: Sequence[str | None]) -> list[list[int]]:
-    """The places of the answers that agree on a number, group by group: the largest first, of equal ones that which
-    came first. What is no number is no vote.
+    """The positions of the answers that agree on a number, group by group: the largest group first, ties by first
+    occurrence. An answer that is not a number does not vote.
 
     >>> agreeing(["$7", "1,000", None, "seven", "1000", "", "1000.00"])
     [[1, 4, 6], [0]]
@@ -92,12 +92,12 @@ def agreeing(answers: Sequence[str | None]) -> list[list[int]]:
 
 
 def maj_at_k(n: int, right: int, wrong: Sequence[int], k: int) -> float:
-    """Chance that the number which most of k samples agree on is the right one (self-consistency, Wang et al. 2022,
+    """Probability that the number on which most of k samples agree is right (self-consistency, Wang et al. 2022,
     arXiv 2203.11171): exact, over all ways to draw k of the n samples without replacement.
 
     `right` samples have the right answer, and `wrong` counts those of each wrong number; the others have none and do
-    not vote. Among t numbers that tie the right one wins with chance 1 / t, as it does where the tied number that came
-    first is taken. Where nobody votes the answer is wrong.
+    not vote. Among t numbers that tie the right one wins with probability 1 / t, as it does if the first of the tied
+    numbers is taken. Without any vote the answer is wrong.
 
     >>> maj_at_k(3, 1, [1, 1], 3), maj_at_k(3, 2, [1], 3)  # a tie of three; two against one
     (0.3333333333333333, 1.0)
@@ -135,8 +135,8 @@ def _majority(n: int, right: int, wrong: tuple[int, ...]) -> list[float]:
 
 
 def mcnemar(b: int, c: int) -> float:
-    """Two-sided p-value of McNemar's exact test: were neither better, the b + c problems on which two differ would fall
-    to either like a fair coin (McNemar 1947; the binomial test at one half).
+    """Two-sided p-value of McNemar's exact test: if neither were better, the b + c problems on which two differ would
+    fall to either like a fair coin (McNemar 1947; the binomial test at one half).
 
     >>> mcnemar(0, 0), mcnemar(5, 0), mcnemar(8, 2) == mcnemar(2, 8)
     (1.0, 0.0625, True)
@@ -170,7 +170,7 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """The second's accuracy less the first's."""
+        """The second's accuracy minus the first's."""
         return (self.won - self.lost) / self.problems
 
     @property
@@ -181,7 +181,7 @@ class Paired:
     @property
     def interval(self) -> Interval:
         """95% interval of the difference: Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10. Wilson's
-        intervals of both accuracies, squared and added, less what their correlation explains.
+        intervals of both accuracies, squared and added, minus a term for their correlation.
 
         >>> [round(bound, 3) for bound in Paired(both=59, won=6, lost=16, neither=80).interval]
         [-0.119, -0.005]

@@ -1,4 +1,4 @@
-"""What a step leaves behind of its samples: a record for each completion, and one for its tokens."""
+"""What is recorded of a step's samples: a record for each completion, and one for its tokens."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def completion_records(step: int, report: StepReport) -> list[dict[str, Any]]:
 def token_records(step: int, report: StepReport, pieces: Pieces) -> list[dict[str, Any]]:
     """A record for each sampled completion's tokens, for tokens.jsonl.
 
-    ids      as sampled, the end-of-sequence token included: the truth, of which all text is a view
-    pieces   the text of each, so that they join to the text of all
+    ids      as sampled, the end-of-sequence token included; texts are decoded from them
+    pieces   the text of each token; joined, they are the text of the completion
     logps    the sampler's log-probability of each, in nats, to three decimals (+ 0.0: no -0.0)
     kept     a 1 for each token that the row's advantage acted on, else a 0: nothing of a row that --mask_truncated left
-             out, no token outside of --top_entropy's share. What the ratio's bounds cut off in updates after the first
-             (--mu) is not in it, nor that a step without a finite gradient was skipped.
+             out, no token outside of --top_entropy's share. It does not show clipping, which acts in updates after the
+             first (--mu), nor skipped steps.
     """
     samples = report.rollout.samples
     ids_N, logp_NT, kept_NT = samples.rows.completion_ids(), samples.logp_NT.tolist(), report.kept_NT.int().tolist()

@@ -1,4 +1,4 @@
-"""--dry_run of GRPO; what it is: sft_core/run/told.py."""
+"""--dry_run of GRPO; what it is: sft_core/run/plan_lines.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from grpo_core.job import GRPOJob
 from grpo_core.memory.forecast import forecast
 from grpo_core.warmstart import tiny_sft_folder
 from sft_core.model.source import find_source
-from sft_core.run.told import (
+from sft_core.run.plan_lines import (
+    answers_text,
     evaluations_at,
+    folder_line,
+    lengths_text,
     loaded,
+    model_line,
     passes,
+    plan_text,
     prompt_lengths,
-    told,
-    told_answers,
-    told_folder,
-    told_lengths,
-    told_model,
-    told_rate,
-    told_steps,
-    told_task,
+    rate_text,
+    steps_text,
+    task_line,
 )
 
 
@@ -42,16 +42,16 @@ def grpo_plan(job: GRPOJob) -> str:
         rewards = (f"{reward.weight:g} x {reward.name}" for reward in job.rewards)
         updates = f", {config.mu} updates each" if config.mu > 1 else ""
         lines = {
-            "task": told_task(task, config),
-            "model": told_model(config, policy, name),
+            "task": task_line(task, config),
+            "model": model_line(config, policy, name),
             "rewards": " + ".join(rewards),
             "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "
-            f"{min(config.micro_batch, B * G)} rows at a time; {told_rate(config, steps)}; beta {config.beta:g}",
-            "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "
+            f"{min(config.micro_batch, B * G)} rows at a time; {rate_text(config, steps)}; beta {config.beta:g}",
+            "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "
             f"{B * G * T:,} a step, {steps * B * G * T:,} in all",
-            "evaluations": f"of {len(task.heldout)} held-out problems, {told_answers(config.eval_samples)}, "
-            f"{told_steps(looks)}",
+            "evaluations": f"of {len(task.heldout)} held-out problems, {answers_text(config.eval_samples)}, "
+            f"{steps_text(looks)}",
             "memory": forecast(config, source).removeprefix("memory: ") + f", on {policy.device}",
-            "folder": told_folder(config, "grpo", steps),
+            "folder": folder_line(config, "grpo", steps),
         }
-    return told(lines)
+    return plan_text(lines)

@@ -1,5 +1,5 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), bounded: groups of equal rewards teach nothing and are
-replaced by groups of further prompts, up to `dynamic_sampling` times. Those equal even then stay in the batch."""
+replaced by groups of further prompts, up to `dynamic_sampling` times. Groups still equal then stay in the batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def replacing_equal_groups(more: Draw) -> Callable[[Learner, Sequence[Example], 
 
 def equal_groups(rollout: Rollout, config: GRPOConfig) -> Tensor:
     """True for the groups that teach nothing: those of equal rewards, or, where each reward function is normalised
-    by itself, those on which every function is of one opinion."""
+    separately, those in which every function gives equal values."""
     if config.reward_aggregation == "sum_then_normalize":
         return zero_spread(rollout.reward_BG)
     value_KBG, _ = values_and_weights(rollout.scores, rollout.reward_BG)
@@ -62,7 +62,7 @@ def _substituted(rollout: Rollout, equal_B: Tensor, fresh: Rollout) -> Rollout:
 
 
 def joined(samples: Samples, others: Samples, rows: Sequence[int]) -> Samples:
-    """The numbered rows of both batches, the others counted after the first, padded anew."""
+    """The numbered rows of both batches, the others counted after the first, padded to their common width."""
     prompts = samples.rows.prompt_ids() + others.rows.prompt_ids()
     completions = samples.rows.completion_ids() + others.rows.completion_ids()
     logps = [*samples.logp_NT, *others.logp_NT]  # each as wide as its own batch, so a longest row's is long enough

@@ -1,4 +1,4 @@
-"""A GRPO run before it begins: everything that a user can get wrong has been looked at, no weight has been read."""
+"""A GRPO run before it begins: everything that a user can get wrong is checked, before any weight is read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GRPOJob:
         return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.prompts_per_step)
 
     def learner(self, source: Source, more: Draw) -> Learner:
-        """Seeded, with the policy at its start and the reference copied from it. `more` draws further prompts."""
+        """Seed, load the policy, and copy the reference from it. `more` draws further prompts."""
         config = self.config
         set_seed(config.seed)
         policy = trusted(load_policy(config, source))

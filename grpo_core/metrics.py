@@ -1,7 +1,7 @@
 """What is measured in a GRPO step, each quantity defined where it is computed.
 
 Averages over tokens run over the completions' own tokens, over all micro-batches and updates of the step; padding
-counts nowhere.
+never counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sft_core.text.prompts import FORMATS
 
 
 class Tally:
-    """Sums over the micro-batches of a step. Sums stay on the device until all are added; reading one waits."""
+    """Sums over the micro-batches of a step. They stay on the device until the end: reading one waits for it."""
 
     def __init__(self, config: GRPOConfig) -> None:
         self.config = config
@@ -45,12 +45,12 @@ class Tally:
 
     @torch.no_grad()
     def add(self, terms: Terms) -> None:
-        """Count one micro-batch. Where the ratio is that of whole completions, each of those counts once."""
+        """Count one micro-batch. With sequence-level ratios each completion counts once."""
         loss, mask_NT, weight_NT, advantage_NT, ratio, surrogate_NT, kl_NT, entropy_NT = terms
         counted = mask_NT if ratio.shape == mask_NT.shape else mask_NT.any(dim=1, keepdim=True)
         advantage = advantage_NT if ratio.shape == mask_NT.shape else advantage_NT.sum(dim=1, keepdim=True)
         low, high = clipped_beyond(self.config)
-        # clipped: the token loss is flat there, so these tokens no longer pull
+        # clipped: the token loss is flat there, so these tokens have no gradient
         clipped_low, clipped_high = (
             counted & (ratio < low) & (advantage < 0),
             counted & (ratio > high) & (advantage > 0),
@@ -83,13 +83,13 @@ class Tally:
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
-        A larger gap means that the learner learns from samples of another distribution than its own."""
+        A larger gap means that the samples come from another distribution than the learner's."""
         gap_NT = torch.where(mask_NT, (sampler_logp_NT - old_logp_NT).abs(), 0.0)
         mean = gap_NT.sum() / mask_NT.sum().clamp(min=1)
         self.gap = {"sampler_gap_mean": float(mean), "sampler_gap_max": float(gap_NT.max())}
 
     def means(self) -> dict[str, float]:
-        """Losses per update, token means, the ratio's range."""
+        """Losses per update, means over tokens, the range of the ratio."""
         sums = {name: float(value) for name, value in self.sums.items()}
         tokens, counted, updates = max(1.0, sums["tokens"]), max(1.0, sums["ratios"]), range(self.updates)
         lowest = highest = first_low = first_high = 1.0
@@ -109,11 +109,11 @@ class Tally:
             "entropy": sums["entropy"] / tokens,
             "clip_ratio_low": sums["clipped_low"] / counted,
             "clip_ratio_high": sums["clipped_high"] / counted,
-            "clip_ratio_low_min": sum(least) / len(least),  # of the completion least clipped, mean over the updates
-            "clip_ratio_high_max": sum(most) / len(most),  # of the completion most clipped
+            "clip_ratio_low_min": sum(least) / len(least),  # of the least clipped completion, mean over the updates
+            "clip_ratio_high_max": sum(most) / len(most),  # of the most clipped completion
             "ratio_min": lowest,
             "ratio_max": highest,
-            "ratio_first_min": first_low,  # at the first update nothing has moved: 1, or old and new disagree
+            "ratio_first_min": first_low,  # in the first update nothing has moved: 1, or old and new disagree
             "ratio_first_max": first_high,
             **self.gap,
         }
@@ -129,7 +129,7 @@ def clipped_beyond(config: GRPOConfig) -> tuple[float, float]:
 
 def step_record(report: StepReport) -> dict[str, Any]:
     """The log line of a step. Times in seconds: `backward_time_s` is the learner's forward and backward;
-    `other_time_s` is all but generation, learner and optimizer, so rewards and reference are within it."""
+    `other_time_s` is the step minus generation, learner and optimizer, so it includes rewards and reference."""
     samples, seconds, config = report.rollout.samples, report.clock.seconds, report.config
     lengths_N = samples.rows.completion_len_N.float()
     ended_N = lengths_N[~samples.truncated_N]

@@ -1,11 +1,11 @@
 """The mathematics of GRPO as functions of tensors: advantages, token weights, ratio, clipped surrogate, KL estimator.
 
-What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3, with the sign turned):
+What is minimised on a step's N rows (DeepSeekMath, arXiv 2402.03300, equation 3, with the sign flipped):
 
     loss = sum over rows n and tokens t of  weight_nt * ( surrogate_nt + beta * kl_nt )
 
-The weights hold every normalisation and are computed once for the whole step, so the micro-batches it is cut into add
-up to the same gradient however they are cut.
+The weights hold every normalisation and are computed once for the whole step, so the gradients of its micro-batches
+add up to the same sum, however it is cut into them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from grpo_core.config import Aggregation, RatioLevel
 
-# Keeps a tiny standard deviation from blowing up; the size is TRL's (grpo_trainer.py, 1.16.0, lines 2750-2818).
+# Bounds the quotient of a tiny standard deviation; the size is TRL's (grpo_trainer.py, 1.16.0, lines 2750-2818).
 EPSILON = 1e-4
 
 
 def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
     """A = (r - mean of its group) / standard deviation: that of its group, of the whole batch, or 1.
 
-    The mean is the baseline: it lowers the gradient's variance and leaves its direction alone, up to the factor
+    The mean is the baseline: it lowers the gradient's variance and leaves its expectation unchanged, up to the factor
     (G - 1) / G, because a completion is part of its own baseline. Dividing by the group's standard deviation (over
-    n - 1) is a bias, which Dr. GRPO (arXiv 2503.20783) avoids with `none`: prompts whose rewards differ little gain on
-    the others (benchmarks/results/exact-gradient.md, block 2).
+    n - 1) is a bias, which Dr. GRPO (arXiv 2503.20783) avoids with `none`: prompts whose rewards differ little gain
+    weight (benchmarks/results/exact-gradient.md, block 2).
 
     A reward that is NaN (no reward function had an opinion) counts in no mean and gets advantage 0. A group of equal
-    rewards gets exactly 0: decided by max == min, since the rounded mean of twelve 0.01s is not 0.01.
+    rewards gets exactly 0: decided by max == min, because the rounded mean of twelve 0.01s is not 0.01.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]))
     tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
@@ -71,10 +71,10 @@ def token_advantages(advantage_BG: Tensor, kept_NT: Tensor, dtype: torch.dtype) 
 def token_weights(mask_NT: Tensor, aggregation: Aggregation, max_completion_tokens: int) -> Tensor:
     """The share of each token in the loss; 0 on padding.
 
-    sequence_mean     1 / (N * row's length)         GRPO, arXiv 2402.03300: every completion counts alike, so tokens of
-                                                     long ones count less
-    token_mean        1 / (tokens in the step)       DAPO, arXiv 2503.14476: every token counts alike
-    constant_length   1 / (N * completion budget)    Dr. GRPO, arXiv 2503.20783: alike, and independent of lengths
+    sequence_mean     1 / (N * row's length)         GRPO, arXiv 2402.03300: every completion has the same weight, so
+                                                     tokens of long ones have less
+    token_mean        1 / (tokens in the step)       DAPO, arXiv 2503.14476: every token has the same
+    constant_length   1 / (N * completion budget)    Dr. GRPO, arXiv 2503.20783: independent of lengths
     sequence_sum      1 / N                          LUSPO, arXiv 2602.05261: the same without the constant
 
     >>> mask_NT = torch.tensor([[True, True, True, True], [True, False, False, False]])

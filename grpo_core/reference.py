@@ -1,4 +1,4 @@
-"""pi_ref: a copy of the policy as it was when GRPO began, so that KL starts at 0 from any start; frozen by default."""
+"""pi_ref: a copy of the policy as it was when GRPO began, so that the KL starts at 0; frozen by default."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTER = "reference"
 class Reference:
     """With full fine-tuning, a second model. With LoRA, a second adapter on the same base model: a few megabytes.
 
-    The base model without any adapter is not the reference of a policy that starts from an SFT adapter.
+    (For a policy that starts from an SFT adapter, the base model without an adapter would be the wrong reference.)
     """
 
     def __init__(self, policy: Policy, sync_every: int = 0, sync_mix: float = 1.0) -> None:
@@ -48,7 +48,7 @@ class Reference:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """To be called after each optimizer step. Every `sync_every` of them, and never where that is 0, the weights
+        """Call after each optimizer step. Every `sync_every` steps (0: never) the weights
         become (1 - mix) * pi_ref + mix * pi_theta (TR-DPO, arXiv 2404.09656). With LoRA mix is 1: a copy."""
         self.updates += 1
         if not self.sync_every or self.updates % self.sync_every:
@@ -60,7 +60,7 @@ class Reference:
         return {"updates": self.updates}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights, where they move; a frozen reference is the policy that the run began with."""
+        """The weights, if they move; a frozen reference can be made again from the model that the run began with."""
         return {str(i): mine for i, (mine, _) in enumerate(self._pairs())} if self.sync_every else {}
 
     @torch.no_grad()

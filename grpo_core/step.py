@@ -1,6 +1,6 @@
 """Group Relative Policy Optimization, one step: DeepSeekMath (arXiv 2402.03300), Algorithm 1, on a screen.
 
-`grpo_core.one_page` is the same without options. Here speed, options and care are functions with names.
+`grpo_core.one_page` is the same without options. Here speed, options and checks are functions with names.
 
 paper                                   here
 question q                              example of `examples`
@@ -41,7 +41,7 @@ from sft_core.model.policy import Policy
 from sft_core.text.prompts import encode_prompt, prompt_messages
 from sft_core.text.tasks import Example
 
-# What reward functions get by these names: three fields of an `Example`, the sampled ids, two sizes of the budget.
+# The columns that reward functions receive: three fields of an `Example`, the sampled ids, two sizes of the budget.
 REWARD_COLUMNS = ("question", "answer", "solution", "completion_ids", "max_completion_tokens", "overlong_buffer")
 
 
@@ -53,7 +53,7 @@ class Rollout:
     samples: Samples
     scores: Scores
     reward_BG: Tensor  # float64, on the CPU: the weighted sums of `scores`
-    replaced: int = 0  # groups that were sampled and thrown away
+    replaced: int = 0  # groups that --dynamic_sampling threw away
 
 
 class Terms(NamedTuple):
@@ -75,7 +75,7 @@ class StepReport:
 
     config: GRPOConfig
     rollout: Rollout
-    rows: Rows  # those that taught
+    rows: Rows  # without the completions that --mask_truncated leaves out
     advantage_BG: Tensor
     kept_NT: Tensor  # bool: the tokens that the advantage acts on
     old_logp_NT: Tensor
@@ -153,7 +153,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
     old_logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
 
     def learn(at: slice, micro: Rows) -> Terms:
-        """The loss of one micro-batch, differentiated."""
+        """The loss of one micro-batch, and its gradient."""
         cut, mask_NT = (at, slice(micro.completion_NT.shape[1])), micro.mask_NT
         logp_NT, entropy_NT = token_logprobs(policy, micro, config.temperature, config.entropy)
         if on_policy:  # this is pi_old, and the ratio is 1, with the gradient of log pi_theta
@@ -171,7 +171,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
     updates = []
     for update in range(config.mu):
         again, on_policy = True, update == 0
-        while again:  # once; under fp16 until nothing overflows
+        while again:  # once; under fp16 until no gradient overflows
             terms_of_each = optimizer.accumulate(rows, learn)
             clock.lap("backward")
             grad_norm, again = optimizer.clip_and_step()
@@ -187,7 +187,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
 
 
 def advantages(rollout: Rollout, config: GRPOConfig) -> Tensor:
-    """advantage_BG: rewards added up and normalised within groups, or each normalised and then added up (GDPO)."""
+    """advantage_BG: rewards summed and normalised within groups, or each function normalised and then summed (GDPO)."""
     if config.reward_aggregation == "sum_then_normalize":
         return group_advantages(rollout.reward_BG, config.scale_rewards)
     return variants.decoupled_advantages(*variants.values_and_weights(rollout.scores, rollout.reward_BG))

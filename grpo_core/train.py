@@ -34,9 +34,9 @@ from sft_core.model.policy import is_adapted
 from sft_core.model.source import find_source
 from sft_core.run.checkpoint import write_text
 from sft_core.run.hub import push_run
+from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Part, Progress, weights_identity
 from sft_core.run.runlog import RunFolder, append_jsonl
-from sft_core.run.told import UNTOUCHED
 from sft_core.run.trackers import shown
 from sft_core.text.tasks import Example, Task
 
@@ -66,7 +66,7 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class GRPORun:
-    """A run whose weights are there: at its start, or wherever it was left."""
+    """A run with its weights loaded: at its start, or at the checkpoint that it resumes from."""
 
     job: GRPOJob
     folder: RunFolder
@@ -75,7 +75,7 @@ class GRPORun:
     progress: Progress
 
     def finish(self) -> Path:
-        """Train; print the comparison of before and after; upload where that is asked for; return the run folder."""
+        """Train, print the comparison of before and after, upload under --push_to_hub; return the run folder."""
         folder = self.folder
         with closing(folder), self.progress.kept():
             before = self.held_out(0)
@@ -92,12 +92,12 @@ class GRPORun:
         return folder.path
 
     def train(self) -> None:
-        """The steps of Algorithm 1 that are still to take, with what people want to see of them."""
+        """The remaining steps of Algorithm 1, with their logs, samples, evaluations and checkpoints."""
         config, policy, optimizer = self.job.config, self.learner.policy, self.learner.optimizer
         task, steps, done = self.job.task, self.job.steps, self.progress.step
         pieces = Pieces(policy.tokenizer)
         policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
-        self.look(done)  # a run that stopped at an evaluation makes up for it
+        self.look(done)  # a run that stopped during an evaluation repeats it
         bar = step_bar("GRPO", done, steps, config.progress)
         for step in bar:
             skipped, optimizer.skipped_rows = optimizer.skipped, []
@@ -134,12 +134,12 @@ class GRPORun:
             self.held_out(step)
 
     def held_out(self, step: int) -> Evaluation | None:
-        """Accuracy on the task's held-out problems, logged and shown, or taken from the log; None where the task has
-        none. It moves no random state of the training's."""
+        """Accuracy on the task's held-out problems, logged and shown, or read from the log; None where the task has
+        none. The training's random states stay as they are."""
         task, config, folder = self.job.task, self.job.config, self.folder
         if not task.heldout:
             return None
-        if step in folder.evaluations:  # before the run was gone on with
+        if step in folder.evaluations:  # before the run was resumed
             return answered(folder, step)
         if step != self.progress.step:  # the log has lost it, and the weights of that step are gone
             return None
@@ -170,8 +170,8 @@ class GRPORun:
 
 
 def begin(job: GRPOJob) -> GRPORun | None:
-    """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under --resume
-    the run is found finished.
+    """Open the run folder and read the weights, of the start or of the checkpoint to resume from. None: under --resume
+    the run turns out to be finished.
 
     Raises:
         Refused: as `RunFolder`, `Optimizer` and `Progress`.
@@ -201,13 +201,13 @@ def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
 
 
 def run(job: GRPOJob) -> Path:
-    """Train, or go on training; return the run folder."""
+    """Train, or continue training; return the run folder."""
     begun = begin(job)
     return begun.finish() if begun else Path(job.config.output_dir)
 
 
 def answered(folder: RunFolder, step: int) -> Evaluation | None:
-    """An evaluation that the run folder holds; None where somebody has deleted or damaged its answers."""
+    """An evaluation in the run folder; None where its answers have been deleted or damaged."""
     record, path = folder.evaluations[step], folder.answers_path(step)
     try:
         answers = read_answers(path)
@@ -220,7 +220,7 @@ def answered(folder: RunFolder, step: int) -> Evaluation | None:
 
 
 def comparison(before: Evaluation, after: Evaluation) -> str:
-    """The table of before and after, and three problems answered by both: those that changed for the better first."""
+    """The table of before and after, and three problems with both answers: improved ones first."""
     first, last = before.summary(), after.summary()
     pairs = list(zip(before.answers, after.answers, strict=True))
     pairs.sort(key=lambda pair: pair[1].strict - pair[0].strict, reverse=True)

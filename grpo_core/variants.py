@@ -36,8 +36,8 @@ def token_loss(ratio: Tensor, logp_NT: Tensor, old_logp_NT: Tensor, advantage_NT
 def cispo(ratio: Tensor, logp_NT: Tensor, advantage_NT: Tensor, epsilon_high: float) -> Tensor:
     """-stopgrad(min(ratio, 1 + epsilon_high)) * A * log pi_theta (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
 
-    REINFORCE with a bounded importance weight: unlike the clipped surrogate, no token ever stops pulling. The paper has
-    no lower bound in use. TRL bounds the weight by epsilon_high itself (grpo_trainer.py 1.16.0, line 3110).
+    REINFORCE with a bounded importance weight: unlike in the clipped surrogate, no token ever loses its gradient. The
+    paper uses no lower bound. TRL bounds the weight by epsilon_high itself (grpo_trainer.py 1.16.0, line 3110).
 
     >>> ratio, logp_NT = torch.tensor([[0.5, 1.0, 4.0]]), torch.tensor([[-1.0, -1.0, -1.0]])
     >>> cispo(ratio, logp_NT, torch.tensor([[1.0]]), epsilon_high=1.0)
@@ -136,7 +136,7 @@ def near_policy_rows(
 
 
 def ended_rows(samples: Samples) -> Rows:
-    """The rows that teach: those that the model ended itself (DAPO, arXiv 2503.14476, section 3.4). A row left out
+    """The rows to learn from: those that the model ended itself (DAPO, arXiv 2503.14476, section 3.4). A row left out
     keeps its place, with no completion token."""
     return samples.rows.without_completions(samples.truncated_N)
 
@@ -144,7 +144,7 @@ def ended_rows(samples: Samples) -> Rows:
 def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig) -> Tensor:
     """mask_NT of the tokens that the advantage acts on: the completions' `top_entropy` share.
 
-    Which tokens those are is decided once, over the whole step, under the policy that sampled them. TRL decides anew
+    Which tokens those are is decided once, over the whole step, under the policy that sampled them. TRL decides again
     in each micro-batch of each update (grpo_trainer.py 1.16.0, line 3050), so that its gradient depends on their size.
     """
     _, entropy_NT = scored(policy, rows, config.temperature, config.micro_batch, entropy="value")
@@ -163,9 +163,10 @@ def values_and_weights(scores: Scores, reward_BG: Tensor) -> tuple[Tensor, Tenso
 
 def decoupled_advantages(value_KBG: Tensor, weight_K: Tensor) -> Tensor:
     """Normalise each of K reward functions within its groups, add them up, normalise over the batch (GDPO, arXiv
-    2601.05242; TRL's `normalize_then_sum`): a function of small spread counts as much as one of large.
+    2601.05242; TRL's `normalize_then_sum`): a function with a small standard deviation counts as much as
+    one with a large one.
 
-    NaN, no opinion, counts in no mean and no sum; a completion on which no function had one gets advantage 0.
+    NaN (no opinion) is left out of every mean and sum; a completion without any opinion gets advantage 0.
 
     Args:
         value_KBG: each function's values before its weight.

@@ -1,4 +1,4 @@
-"""The built-in model's supervised start: an SFT run of its own beside the GRPO run, made once and found again."""
+"""The built-in model's supervised start: an SFT run of its own next to the GRPO run, made once and reused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
     """The final model of the built-in SFT run for this task and seed: trained now, or by an earlier run.
 
     Args:
-        run: the run folder that it is the start of, which a person goes on with where this is interrupted.
+        run: the run folder that it is the start of, and that --resume is to name if the start is interrupted.
     """
     folder = tiny_sft_folder(config)
     if (folder / "final").is_dir():
@@ -27,14 +27,14 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
     print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
     sft, unfinished = _settings(config), folder.with_name(folder.name + ".unfinished")
     start = begin(prepare(replace(sft, output_dir=str(unfinished), resume=NEWEST, save_every=config.save_every)))
-    if start:  # else a kill came between its end and the next line
+    if start:  # else a kill came between the end of training and the rename below
         start.progress.again = run or unfinished
         start.finish()
     return unfinished.rename(folder) / "final"
 
 
 def tiny_sft_folder(config: GRPOConfig) -> Path:
-    """Where that run is, or will be, kept: beside the GRPO run."""
+    """The folder of that run, next to the GRPO run."""
     # A changed setting or a changed line of sft_core makes another start.
     sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.rglob("*.py")))
     settings = as_yaml(replace(_settings(config), progress=True)).encode()

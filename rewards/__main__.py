@@ -21,7 +21,7 @@ from rewards.combine import REWARDS, load_rewards
 from rewards.tables import aligned
 from rewards.terminal import Arguments, quiet_ends, user_errors
 
-# All that need a text and a gold alone.
+# Those that need only a text and a gold answer.
 DEFAULT = [name for name in REWARDS if name != "soft_overlong_reward_func"]
 
 FINDINGS = {
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="JSONL of completions, or a run folder")
-    paid = "built in, or my_module:my_reward; default: the built-in ones that the run was paid by, else all of them"
+    paid = "built in, or my_module:my_reward; default: the run's own built-in ones, else all of them"
     parser.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help=paid)
     parser.add_argument("--reward_weights", nargs="+", type=float, default=[], metavar="W", help="default: all 1")
     parser.add_argument("--reward_timeout", type=float, default=300.0, help="seconds for a function; 0: no limit")
@@ -129,7 +129,7 @@ def report(found: Audit, shown: int) -> str:
 
 
 def _table(found: Audit) -> str:
-    head = ["", "weight", "fires", "full", "mean", "spread", "low", "high", "with right", "equal groups", "no opinion"]
+    head = ["", "weight", "fires", "full", "mean", "std", "low", "high", "with right", "equal groups", "no opinion"]
     rows = [
         [
             *(column.name, _number(column.weight), _percent(column.fires), _percent(column.full)),

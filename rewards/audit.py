@@ -1,5 +1,5 @@
-"""What reward functions say of completions that were recorded: who fires, who never does, who says the same as whom,
-and where two ways to find the answer in a text part ways."""
+"""Reward functions on recorded completions: which ones fire, which never do, which agree, and where two ways to extract
+the answer from a text differ."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXTRACTORS: dict[str, Extractor] = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """One completion with what it answers."""
+    """One recorded completion, with its question and gold answer."""
 
     question: Completion
     response: Completion
@@ -105,7 +105,7 @@ def _gold(record: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """What one reward function, or their weighted sum, says of all rows. Shares are of rows with an opinion."""
+    """Statistics of one reward function, or of the weighted sum, over all rows. Shares are of rows with an opinion."""
 
     name: str
     weight: float | None  # None: the sum
@@ -175,7 +175,7 @@ class Audit:
 
 
 def audit(rows: list[Recorded], rewards: list[Reward], extractors: Sequence[str] = (), timeout: float = 0.0) -> Audit:
-    """Score the rows with the rewards and compare what they say.
+    """Score the rows with the rewards and compare the values.
 
     Args:
         extractors: two names of `EXTRACTORS`; none: the strict one that finds more answers, and `last_number`.
@@ -209,7 +209,7 @@ def audit(rows: list[Recorded], rewards: list[Reward], extractors: Sequence[str]
 
 
 def scored(rows: Sequence[Recorded], rewards: list[Reward], timeout: float = 0.0) -> Scores:
-    """The rewards called as a run calls them, with those of its columns that the records have."""
+    """Call the rewards as a run does, with those of its columns that the records have."""
     known = set.intersection(*(set(row.fields) for row in rows)) - OWN - {*QUESTIONS, *RESPONSES, *GOLDS, "completions"}
     questions = [row.question for row in rows]
     columns = {name: [row.fields[name] for row in rows] for name in sorted(known)}

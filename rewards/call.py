@@ -1,10 +1,10 @@
 """One reward function called on one batch, within a time limit, and what it returned.
 
 The functions are the user's own, so they may do anything. What goes wrong becomes a `RewardError`, which names the
-function and the row: a batch is thousands of texts, and the one that broke the function is what its author needs. The
+function and the row: a batch can hold thousands of texts, and its author needs the one that broke the function. The
 row is found by calling the function again on single rows.
 
-NaN is refused although TRL takes it for "no opinion": it is far more often a 0/0 than a decision. None says so.
+NaN is refused although TRL takes it for "no opinion": it is far more often a 0/0 than a decision. Return None instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RewardError(ValueError):
 
     def __init__(self, name: str, problem: str, row: int | None = None, traceback: str = "") -> None:
         super().__init__(f"reward function {name}: {problem}")
-        self.name, self.row = name, row  # row None: no row does it by itself
+        self.name, self.row = name, row  # row None: no single row fails by itself
         self.traceback = traceback  # of the function itself, where it raised or was stopped; else ''
 
 

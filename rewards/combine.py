@@ -44,7 +44,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a batch of N completions earned."""
+    """The rewards of a batch of N completions."""
 
     total: list[float]  # N: sum of weight x value over the functions that gave one; nan where none did
     by_function: dict[str, list[float | None]]  # name -> N values before their weight; None: no opinion on this row
@@ -143,8 +143,8 @@ def score(
     columns: dict[str, list[Any]],
     timeout: float = 0.0,
 ) -> Scores:
-    """Call every reward function on the batch, each for at most `timeout` seconds (0: no limit), and add up what they
-    say, row by row.
+    """Call every reward function on the batch, each for at most `timeout` seconds (0: no limit), and sum the
+    weighted values row by row.
 
     >>> rewards = load_rewards(["correctness_reward_func", "int_reward_func"], [1.0, 0.1])
     >>> scores = score(rewards, ["?", "?"], ["<answer>4</answer>", "<answer>5</answer>"], {"answer": ["4", "4"]})

@@ -1,4 +1,4 @@
-"""The same rewards as they are customary in public code, mistakes and all: what other people's runs were paid by.
+"""The same rewards as commonly found in public code, mistakes included: what other people's runs were trained with.
 
 Not for training. `python -m rewards RUN --rewards strict_format_reward_func rewards.customary:customary_strict_format`
 shows on a run's own completions what each mistake costs:
@@ -23,7 +23,7 @@ _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
 
 
 def customary_xml_answer(text: str) -> str:
-    """What stands between the last `<answer>` and the next `</answer>`; all of a text that has neither.
+    """The text between the last `<answer>` and the next `</answer>`; the whole text if it has neither.
 
     >>> customary_xml_answer("<answer>\\n4\\n</answer>"), customary_xml_answer("4")
     ('4', '4')

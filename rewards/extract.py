@@ -53,7 +53,7 @@ def extract_xml_answer(text: str) -> str:
 def extract_hash_answer(text: str) -> str | None:
     """What follows the first `####`, up to the end of that line, stripped; None where there is no `####`.
 
-    The first, because a model that does not stop goes on to invent the next problem and to answer that one too.
+    The first, because a model that does not stop continues with a problem of its own and answers that one, too.
 
     >>> extract_hash_answer("2 + 2 = 4\\n#### 4\\nQuestion: what is 3 + 3?\\n#### 6")
     '4'
@@ -77,7 +77,7 @@ def gold_answer(answer: str) -> str:
 def last_number(text: str) -> str | None:
     """The last number in the text as it is written there, for lenient scoring; None where there is none.
 
-    What it returns is a number to `parse_number`. Numbers are told apart from the left: '1,2345' is 1 and 2345 rather
+    Whatever it returns, `parse_number` can read. Numbers are separated from the left: '1,2345' is 1 and 2345 rather
     than 1,234 and 5, and '1.2.3' is 1.2 and 3. A scan would list them all to return one, and a megabyte holds half a
     million; so the last one is read from its end, and what the ones before it have used up is found by counting.
 
@@ -114,7 +114,7 @@ def _last_decimal(digits: str) -> str:
 
 
 def _groups_before(run: str) -> str:
-    """What belongs to the number that goes on after this run, which ends in a comma: '1,072,' or '72,' or nothing."""
+    """Of this run, which ends in a comma, the part that belongs to the next number: '1,072,' or '72,' or nothing."""
     backwards = _GROUPS_BACKWARDS.match(run[::-1])
     split = len(run) - (backwards.end() if backwards else 0)
     before, groups = run[:split], run[split:]

@@ -4,18 +4,19 @@ A reward function is called as TRL calls it, so that the same function trains he
 
     def my_reward(prompts, completions, **columns) -> list[float | None]
 
-all by keyword, one entry a row. A completion is a string, or a list of chat messages whose last one is the model's.
-Every column of the dataset arrives under its own name as a list (`answer` is the one used here), and `**columns` takes
-whatever else the trainer passes. None means "no opinion on this row": the row's total leaves this function out.
+all by keyword, with one entry per row. A completion is a string, or a list of chat messages whose last one is the
+model's. Every column of the dataset is passed under its own name as a list (`answer` is the one used here), and
+`**columns` collects whatever else the trainer passes. None means "no opinion on this row": it is left out of the row's
+total.
 
 Two families, one for each way to write an answer down, and a penalty:
 
-    function                    pays           for
+    function                    gives          for
     correctness_reward_func     0 or 2         the right answer inside <answer>
     int_reward_func             0 or 0.5       an integer inside <answer>, right or wrong
     strict_format_reward_func   0 or 0.5       the format to the letter
     soft_format_reward_func     0 or 0.5       the tags in order
-    xmlcount_reward_func        at most 0.5    each tag, less what is written after the last one
+    xmlcount_reward_func        at most 0.5    each tag, minus a penalty for text after the last one
     numeric_reward_func         0 or 1         the right number after ####
     soft_overlong_reward_func   -1 to 0        a length in tokens near the budget, which arrives in columns of its own
                                                (outside this project give `max_completion_tokens`, `overlong_buffer`)
@@ -114,7 +115,7 @@ def soft_format_reward_func(
 def xmlcount_reward_func(
     prompts: Sequence[Completion], completions: Sequence[Completion], **columns: object
 ) -> list[float]:
-    """0.125 for each tag that is there once, on a line of its own, less 0.001 per character after the closing tag.
+    """0.125 for each tag that is there once, on a line of its own, minus 0.001 per character after the closing tag.
 
     At most 0.5; no lower bound, since the penalty grows with the text. One newline right after the closing tag is
     free, because the strict format ends in it.
@@ -153,8 +154,8 @@ def soft_overlong_reward_func(
     overlong_buffer: Sequence[int],
     **columns: object,
 ) -> list[float]:
-    """0 up to `overlong_buffer` tokens before the budget's end, then falling evenly to -1 at the budget (DAPO, arXiv
-    2503.14476, eq. 13). To be added to rewards for being right: cut-off answers are discouraged before they are cut.
+    """0 up to `overlong_buffer` tokens before the budget's end, then falling linearly to -1 at the budget (DAPO, arXiv
+    2503.14476, eq. 13). To be added to a correctness reward: long answers are discouraged before they are cut off.
 
     >>> ids = [[7] * 80, [7] * 90, [7] * 100]
     >>> soft_overlong_reward_func(["?"] * 3, ["..."] * 3, ids, [100] * 3, [20] * 3)

@@ -1,4 +1,4 @@
-"""What every program says in the same way. Here because this is the package that all others may import."""
+"""What every program prints in the same way. Here because this is the package that all others may import."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def quiet_ends() -> Iterator[None]:
     and 141 as a shell has it for SIGPIPE."""
     try:
         yield
-        sys.stdout.flush()  # what is printed at the last moment can find its reader gone, too
+        sys.stdout.flush()  # the final flush can find its reader gone, too
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None

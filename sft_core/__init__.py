@@ -1,6 +1,6 @@
-"""How does a language model learn from text? Supervised fine-tuning, and the ground that the rest stands on.
+"""How does a language model learn from text? Supervised fine-tuning, and what all other packages share.
 
-errors, precision, config    what a user may set, and what is said when it cannot work
+errors, precision, config    what a user may set, and the error when it cannot work
 text/                        what is asked: tasks and prompts
 model/                       who answers: loading a model, its precision, its two parts
 learn/                       how weights move: token rows, log-probabilities, the optimizer

@@ -1,24 +1,24 @@
-"""--dry_run of SFT; what it is: sft_core/run/told.py."""
+"""--dry_run of SFT; what it is: sft_core/run/plan_lines.py."""
 
 from __future__ import annotations
 
 from sft_core.job import SFTJob
 from sft_core.learn.trust import trusted_learner
-from sft_core.run.told import (
+from sft_core.run.plan_lines import (
     evaluations_at,
+    folder_line,
+    lengths_text,
     loaded,
     mean,
+    memory_line,
+    model_line,
     passes,
+    plan_text,
     prompt_lengths,
+    rate_text,
     some,
-    told,
-    told_folder,
-    told_lengths,
-    told_memory,
-    told_model,
-    told_rate,
-    told_steps,
-    told_task,
+    steps_text,
+    task_line,
 )
 from sft_core.text.prompts import FORMATS, demonstration, encode_completion, is_terse
 
@@ -36,15 +36,15 @@ def sft_plan(job: SFTJob) -> str:
         a_step = config.batch_size * (mean(prompts) + mean(taught))
         looks = evaluations_at(config.eval_every, steps, first=False) if task.heldout else []
         lines = {
-            "task": told_task(task, config),
-            "model": told_model(config, policy),
+            "task": task_line(task, config),
+            "model": model_line(config, policy),
             "steps": f"{steps:,} of {config.batch_size} demonstrations{passes(task, config.batch_size, steps)}, "
-            f"{min(config.micro_batch, config.batch_size)} rows at a time; {told_rate(config, steps)}",
-            "tokens": f"prompts {told_lengths(prompts, config.max_prompt_tokens)}; demonstrations "
-            f"{told_lengths(wanted, config.max_completion_tokens)}; about {a_step:,.0f} a step, "
+            f"{min(config.micro_batch, config.batch_size)} rows at a time; {rate_text(config, steps)}",
+            "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; demonstrations "
+            f"{lengths_text(wanted, config.max_completion_tokens)}; about {a_step:,.0f} a step, "
             f"{steps * a_step:,.0f} in all",
-            "evaluations": f"the loss on {len(task.heldout)} held-out problems, {told_steps(looks)}",
-            "memory": told_memory(policy),
-            "folder": told_folder(config, "sft", job.steps),
+            "evaluations": f"the loss on {len(task.heldout)} held-out problems, {steps_text(looks)}",
+            "memory": memory_line(policy),
+            "folder": folder_line(config, "sft", job.steps),
         }
-    return told(lines)
+    return plan_text(lines)

@@ -1,4 +1,4 @@
-"""What is said when a user got something wrong: one line that names the flag or file, and what would be accepted."""
+"""Errors for what a user got wrong: one line that names the flag or file, and what would be accepted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 class Refused(ValueError):
-    """What a user got wrong and only opening the run folder or reading the weights could tell. (Other ValueErrors after
-    `prepare` are faults of the program, and keep their traceback.)"""
+    """What a user got wrong, found only on opening the run folder or reading the weights. (Other ValueErrors after
+    `prepare` are bugs in the program, and keep their traceback.)"""
 
 
 def require(condition: bool, name: str, value: Any, accepted: str) -> None:
@@ -20,7 +20,7 @@ def require(condition: bool, name: str, value: Any, accepted: str) -> None:
 
 @contextmanager
 def refused(name: str) -> Iterator[None]:
-    """What a library says of files that it cannot use, whatever the class of its exception, as one line.
+    """Turn a library's exception about files that it cannot use, whatever its class, into one line.
 
     Raises:
         Refused: the block failed.

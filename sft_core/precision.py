@@ -3,7 +3,7 @@
 Autocast runs the matrix products in half precision; log-softmax, ratios, KL and sums stay in float32. fp16 has a
 largest value of 65,504 and a smallest normal one of 6e-5, so its gradients need a GradScaler: the loss is multiplied
 by a large factor before the backward pass, gradients are divided by it before clipping, and a step whose gradients
-overflowed is undone by halving the factor and computing it again. bf16 has float32's range and needs none.
+overflowed is repeated with half the factor. bf16 has float32's range and needs none.
 """
 
 from __future__ import annotations
@@ -74,5 +74,5 @@ def _best(device: torch.device) -> str:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What PyTorch knows of this CPU; nothing in releases that do not say."""
+    """What PyTorch reports about this CPU; empty in releases that report nothing."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: teach a language model to answer as the demonstrations do. `python -m sft_core.train`
 
 The loss is the mean negative log-probability of the demonstration's tokens, its end-of-sequence token included; prompts
-are read but not learned.
+are input only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import not_saved
 from sft_core.run.hub import push_run
+from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
 from sft_core.run.runlog import RunFolder
-from sft_core.run.told import UNTOUCHED
 from sft_core.text.prompts import (
     FORMATS,
     demonstration,
@@ -62,7 +62,7 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
 
 def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows) -> dict[str, float]:
     """One optimizer step on a batch. The weight of a token is 1 / (tokens in the batch), so micro-batches simply
-    add."""
+    add up."""
     weight = 1.0 / float(rows.completion_len_N.sum())
 
     def learn(at: slice, micro: Rows) -> Tensor:
@@ -72,7 +72,7 @@ def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows) -> dict[str, floa
         return loss.detach()
 
     again = True
-    while again:  # once; under fp16 until nothing overflows
+    while again:  # once; under fp16 until no gradient overflows
         losses = optimizer.accumulate(rows, learn)
         grad_norm, again = optimizer.clip_and_step()
     return {"loss": float(sum(losses)), "grad_norm": grad_norm}
@@ -93,7 +93,7 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig)
 
 @dataclass(frozen=True)
 class SFTRun:
-    """A run whose weights are there: at its start, or wherever it was left."""
+    """A run with its weights loaded: at its start, or at the checkpoint that it resumes from."""
 
     job: SFTJob
     folder: RunFolder
@@ -102,7 +102,7 @@ class SFTRun:
     progress: Progress
 
     def finish(self) -> Path:
-        """Train, and upload where that is asked for; return the folder of the final model."""
+        """Train, and upload under --push_to_hub; return the folder of the final model."""
         with closing(self.folder), self.progress.kept():
             self.train()
             final = self.folder.save_final(self.policy)
@@ -110,11 +110,11 @@ class SFTRun:
         return final
 
     def train(self) -> None:
-        """The steps that are still to take."""
+        """Take the remaining steps."""
         config, task, policy, optimizer = self.job.config, self.job.task, self.policy, self.optimizer
         steps, done = self.job.steps, self.progress.step
         policy.model.train()
-        self.look(done)  # a run that stopped at an evaluation makes up for it
+        self.look(done)  # a run that stopped during an evaluation repeats it
         bar = step_bar("SFT", done, steps, config.progress)
         for step in bar:
             clock = Stopwatch(policy.device)
@@ -136,7 +136,7 @@ class SFTRun:
             self.look(step)
 
     def look(self, step: int) -> None:
-        """Log the held-out loss where that is due, and was not logged before the run was gone on with."""
+        """Log the held-out loss where it is due and was not logged before the run was resumed."""
         config, heldout = self.job.config, self.job.task.heldout
         due = step == self.job.steps or (step and config.eval_every and step % config.eval_every == 0)
         if heldout and due and step not in self.folder.evaluations:
@@ -144,7 +144,7 @@ class SFTRun:
 
 
 def begin(job: SFTJob) -> SFTRun | None:
-    """Open the run folder and read the weights, of the start or of the checkpoint to go on from. None: under --resume
+    """Open the run folder and read the weights, of the start or of the checkpoint to resume from. None: under --resume
     the run is found finished.
 
     Raises:
@@ -169,7 +169,7 @@ def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
 
 
 def run(job: SFTJob) -> Path:
-    """Train, or go on training; return the folder of the final model."""
+    """Train, or continue training; return the folder of the final model."""
     begun = begin(job)
     return begun.finish() if begun else Path(job.config.output_dir) / "final"
 

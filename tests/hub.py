@@ -45,6 +45,7 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's body waits 40 ms for the receipt of its head
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -36,7 +36,7 @@ def message(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return err
 
 
-def test_answers_are_paired_by_problem_whatever_their_order_and_twins_in_theirs() -> None:
+def test_answers_are_paired_by_problem_in_any_order_and_repeated_problems_in_theirs() -> None:
     first = Named("A", Path("a"), [answer("p", True), answer("twin", True), answer("q", False), answer("twin", False)])
     second = Named("B", Path("b"), [answer("twin", False), answer("twin", True), answer("q", True), answer("p", False)])
     ordered = in_order(second, first)

@@ -18,18 +18,16 @@ from tests.helpers import PEFT_IS_BEHIND, adapted, tiny_policy
 from tests.pages import (
     DOCS,
     PAGES,
-    PROGRAMS,
     ROOT,
     anchors,
-    corrected,
     first_column,
     is_quoted,
     links,
     names,
     quotations,
     run_sessions,
-    with_tables,
 )
+from tests.tables import PROGRAMS, with_tables
 
 pytestmark = FORKS
 
@@ -124,6 +122,7 @@ OTHER_FLAGS = {
     "list",
 }  # the command line's own, benchmarks.plan, tests.zoo
 OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
+OTHER_FLAGS |= {"seeds", "logdir", "help"}  # benchmarks.plots, tensorboard, every program
 
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)
@@ -145,6 +144,10 @@ def test_the_default_step_is_in_six_files_of_900_lines_together() -> None:
     files = re.findall(r"^\| (\d)\. \[`([\w/]+\.py)`\]", text, re.MULTILINE)
     assert [number for number, _ in files] == list("123456") and files[0][1] == "grpo_core/step.py"
     assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for _, file in files) <= 900
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_exercise_names_its_tests_and_the_function_to_rewrite() -> None:
@@ -240,57 +243,3 @@ def test_every_file_of_an_adapter_is_described_and_no_other(tmp_path: Path) -> N
     tables = sections("checkpoint.md")
     replaced = {"model.safetensors", "config.json", "generation_config.json"}
     assert files(tmp_path / "adapter") == (set(tables["The final model"]) - replaced) | set(tables["The final model 2"])
-
-
-# --- the tools themselves: what they must not overlook
-
-PAGE = """# A page
-
-```python
->>> x = 1
->>> x + 1
-3
->>> for i in range(2):
-...     print(i)
-```
-
-Text, and further down the same namespace:
-
-```python
->>> x
-1
-```
-
-```text
->>> not_run
-```
-"""
-
-
-def test_a_session_that_prints_something_else_is_noticed_and_corrected() -> None:
-    wrong = run_sessions(PAGE, "page.md")
-    assert [(each.want, each.got) for each in wrong] == [("3\n", "2\n"), ("", "0\n1\n")]
-    right = corrected(PAGE, wrong)
-    assert right == PAGE.replace("\n3\n", "\n2\n").replace("print(i)\n", "print(i)\n0\n1\n")
-    assert run_sessions(right, "page.md") == []
-
-
-def test_a_session_that_raises_is_an_error() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_sessions("```python\n>>> 1 / 0\n```\n", "page.md")
-
-
-@pytest.mark.parametrize(("block", "there"), [("a = 1\nb = 2\n", True), ("b = 2\na = 1\n", False), ("a = 1\n", True)])
-def test_a_quotation_is_lines_in_a_row(block: str, there: bool) -> None:
-    assert is_quoted(block, "def f():\n    a = 1\n    b = 2\n") is there
-
-
-def test_names_links_and_anchors_are_found() -> None:
-    source = "A = 1\nclass B:\n    c: int = 0\n    def d(self): ...\ndef e():\n    def f(): ...\n"
-    assert names(source) == {"A", "B", "B.c", "B.d", "e", "f"}
-    assert links("[a](b.md#c) ![d](e.png) [f](https://g)\n```text\n[h](i)\n```\n") == [("a", "b.md#c"), ("d", "e.png")]
-    assert anchors("# What is `it`, here?\n```bash\n# no heading\n```\n") == {"what-is-it-here"}
-
-
-def test_the_first_column_is_read_and_no_other() -> None:
-    assert first_column("| `a`, `b` | `x` |\n| c | `x` |\n| `d` | x |\n") == ["a", "b", "d"]

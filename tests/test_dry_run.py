@@ -17,7 +17,7 @@ from sft_core.cli import parse_config
 from sft_core.config import as_yaml
 from sft_core.learn.optim import Optimizer
 from sft_core.model.policy import load_policy
-from sft_core.run.told import UNTOUCHED
+from sft_core.run.plan_lines import UNTOUCHED
 from tests.faulty import GRPO, SFT, SMALL, command
 from tests.helpers import yaml_file
 
@@ -65,7 +65,7 @@ def test_a_dry_run_loads_everything_and_writes_nothing(
         loaded.append(load_policy(*args))
         return loaded[-1]
 
-    monkeypatch.setattr("sft_core.run.told.load_policy", load)
+    monkeypatch.setattr("sft_core.run.plan_lines.load_policy", load)
     main, flags = PROGRAMS[name]
     main(["--model", str(model), *flags, "--output_dir", "run", "--dry_run"])
     shown = capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_a_dry_run_of_the_embedded_job_says_that_its_sft_comes_first(
     assert list(nothing_happens.iterdir()) == []
 
 
-def test_a_dry_run_of_a_run_that_would_go_on_says_where(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_of_a_finished_run_says_that_nothing_is_left(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grpo_core.train.main(["--resume", str(whole), "--dry_run"])
     assert "finished: nothing is left to do" in capsys.readouterr().out
 
@@ -185,14 +185,14 @@ def test_a_run_name_that_is_no_name_is_refused(name: str) -> None:
         parse_config(GRPOConfig, [], environ={"RUN_NAME": name})
 
 
-def test_a_run_that_is_gone_on_with_by_name_does_not_ask_the_environment(whole: Path) -> None:
+def test_a_run_resumed_by_name_does_not_read_the_environment(whole: Path) -> None:
     environ = {"OUTPUT_DIR": "elsewhere", "MODEL_NAME": "its/own"}
     config = parse_config(GRPOConfig, ["--resume", str(whole)], environ=environ)
     assert config.output_dir == str(whole) and config.model != "its/own"
 
 
 @pytest.mark.parametrize("environ", [{}, {"OUTPUT_DIR": "elsewhere"}], ids=["alone", "above the environment"])
-def test_the_folder_of_a_config_file_is_the_one_that_resume_goes_on_in(
+def test_resume_continues_in_the_folder_that_the_config_file_names(
     environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

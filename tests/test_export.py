@@ -188,7 +188,7 @@ def test_a_log_that_cannot_be_read_is_named_before_any_weight_is_read(
     assert error == f"{tmp_path / 'run' / 'log.jsonl'}, line 1: is not JSON"
 
 
-def test_an_adapter_that_nobody_else_could_open_is_not_exported_without_its_base(
+def test_an_adapter_on_a_local_base_is_not_exported_without_it(
     adapted: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = the_error(capsys, adapted, "--output", tmp_path / "out")

@@ -75,7 +75,7 @@ def test_greedy_completions_are_the_plain_calls_token_by_token(
 @families
 @quicker
 @pytest.mark.parametrize("prompts", PROMPTS)
-def test_whichever_way_it_is_drawn_the_recorded_logprobs_are_the_learners(
+def test_every_way_to_sample_records_the_learners_logprobs(
     family: Family, share: bool, leave: bool, prompts: str
 ) -> None:
     policy = ends_often(tiny_policy(family))

@@ -84,7 +84,7 @@ def _learn(steps: Steps, rows: Rows) -> None:
     sft_step(steps.learner.policy, steps.learner.optimizer, rows)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_the_run_continues(tmp_path: Path) -> None:
     steps = Steps.of(small(tmp_path, "--precision=float32", "--logit_chunk=0"))
     policy = steps.learner.policy
     prompts = [[5 + row % 50] * 100 for row in range(256)]  # no prompt is shared: 256 rows of 200 tokens

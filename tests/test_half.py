@@ -136,7 +136,7 @@ def test_a_twin_is_gone_once_the_samples_are_there(kind: str) -> None:
     assert seen and all(model() is None for model in seen)  # at once: a memory of this size cannot wait for a collector
 
 
-def test_every_sampling_sees_the_weights_of_its_time() -> None:
+def test_every_sampling_uses_the_current_weights() -> None:
     policy, greedy = policy_of("tied"), Sampling(8, temperature=0)
     first = sample(policy, [[9, 40, 77], [51]], greedy)
     with torch.no_grad():

@@ -213,7 +213,7 @@ def test_the_cards_numbers_are_the_runs(whole: Path) -> None:
     assert str(whole.parent) not in card and str(Path.home()) not in card
 
 
-def test_the_card_of_a_checkpoint_tells_nothing_of_later_steps(whole: Path) -> None:
+def test_the_card_of_a_checkpoint_shows_nothing_of_later_steps(whole: Path) -> None:
     card = model_card(find_trained(str(whole / "checkpoints" / "step-000002")), "me/small", adapter=False)
     assert "| optimizer steps | 2 |" in card and "| 0 | 0.0% |" in card and "| 3 | " not in card
 
@@ -226,7 +226,7 @@ def made_up(folder: Path, **settings: Any) -> Trained:
     return find_trained(str(folder))
 
 
-def test_an_accuracy_on_gsm8k_is_told_to_the_hub_in_its_own_terms(tmp_path: Path) -> None:
+def test_an_accuracy_on_gsm8k_is_reported_in_the_hubs_metadata(tmp_path: Path) -> None:
     sft = made_up(tmp_path / "sft", task="gsm8k", model="Qwen/Qwen2.5-0.5B", prompt_format="hash")
     trained = made_up(tmp_path / "grpo", task="gsm8k", model=sft.model, group_size=8, prompts_per_step=4,
                       rewards=["a", "b"], reward_weights=[1.0, 0.5])  # fmt: skip

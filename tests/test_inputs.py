@@ -135,7 +135,7 @@ LINES = (
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(LINES, max_size=4), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.sampled_from([b"", b"\xef\xbb\xbf"]))
-def test_whatever_a_file_holds_problems_or_one_line_come_out(lines: list[bytes], end: bytes, mark: bytes) -> None:
+def test_any_file_gives_problems_or_a_one_line_error(lines: list[bytes], end: bytes, mark: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problems.jsonl"
         path.write_bytes(mark + end.join(lines))

@@ -136,7 +136,7 @@ def test_a_sequences_ratio_counts_each_completion_once_whatever_its_length() -> 
     assert (found["ratio_min"], found["ratio_max"]) == (0.5, 2.0)
 
 
-def test_the_first_updates_ratios_are_told_apart_from_those_of_later_ones() -> None:
+def test_the_first_updates_ratios_are_logged_apart_from_those_of_later_ones() -> None:
     ratios = [[1.0, 1.0, 0.9, 1.0], [1.0, 1.1, 1.0, 1.0], [0.5, 2.0, 1.0, 1.0]]
     found = counted(grpo_config(**BOTH), [[True] * 4] * 3, ratios, [1.0] * 3, updates=[0, 0, 1])
     assert (found["ratio_first_min"], found["ratio_first_max"]) == (pytest.approx(0.9), pytest.approx(1.1))
@@ -150,7 +150,7 @@ def test_a_steps_first_update_has_ratio_1_and_the_next_ones_have_not() -> None:
     assert record["ratio_min"] < 0.99 and record["ratio_max"] > 1.01
 
 
-def test_a_log_line_tells_why_nothing_is_learned() -> None:
+def test_a_log_line_shows_why_nothing_is_learned() -> None:
     """One of two groups has equal rewards."""
     config = grpo_config(group_size=4)
     samples = sampled(config)
@@ -193,7 +193,7 @@ def sampled(config: Any) -> Samples:
     return samples
 
 
-def test_lengths_are_told_of_all_completions_and_of_those_that_ended_themselves() -> None:
+def test_lengths_are_logged_of_all_completions_and_of_those_that_ended_themselves() -> None:
     config = grpo_config(group_size=4)
     samples = sampled(config)
     record = measured(ends_often(tiny_policy()), config, samples)
@@ -208,7 +208,7 @@ def test_lengths_are_told_of_all_completions_and_of_those_that_ended_themselves(
     assert [record[f"ended_length_{kind}"] for kind in ("mean", "min", "max")] == [0, 0, 0]
 
 
-def test_each_reward_functions_spread_is_told_beside_its_mean() -> None:
+def test_each_reward_functions_spread_is_logged_beside_its_mean() -> None:
     config = grpo_config()
     values: list[float | None] = [1, 4, None, 2, 2, 5]
     functions = {"several": values, "one": [None] * 5 + [3.0], "none": [None] * 6}

@@ -12,7 +12,9 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+
+import grpo_core.pipeline.__main__
+from tests.faulty import FORKS, ended
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "grpo_t4.ipynb"
@@ -48,11 +50,9 @@ def cell(beginning: str) -> str:
     return str(source)
 
 
-def executed(folder: Path, settings: dict[str, Any], but: str = "nothing") -> Any:
-    """The notebook after its execution in `folder`, with these settings behind its own, without cells that hold
-    `but`."""
+def executed(folder: Path, settings: dict[str, Any]) -> Any:
+    """The notebook after its execution in `folder`, with these settings behind its own."""
     notebook = read()
-    notebook.cells = [cell for cell in notebook.cells if but not in cell.source]
     place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     override = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in settings.items()))
     notebook.cells.insert(place + 1, override)
@@ -71,20 +71,26 @@ def shown(notebook: Any, kind: str) -> list[str]:
     return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
 
 
+@FORKS
 @pytest.mark.slow
-def test_the_notebook_runs_and_after_a_disconnect_goes_on(
+def test_the_notebook_continues_after_a_disconnect_and_ends_with_tables_pictures_and_an_answer(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
     (tmp_path / "fragile.py").write_text(FRAGILE)
-    (tmp_path / "disconnect").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     settings = {"PRESET": "tiny", "FOLDER": "drive/run", "SAVE_EVERY": "1", "MORE": ["--model", str(model), *MORE]}
     run = tmp_path / "drive" / "run"
 
-    with pytest.raises(CellExecutionError, match=r"grpo_core\.pipeline ended with code"):
-        executed(tmp_path, settings, but="--dry_run")
+    # The command of the cell that trains, which a disconnect ends with its notebook: here, without one.
+    (tmp_path / "disconnect").touch()
+    words: dict[str, Any] = {**settings, "RUN": run, "TRACK": ""}
+    exec("import signal\nimport subprocess\nimport sys\n" + cell("def command"), words)
+    argv = [str(word) for word in words["pipeline"][1:]]
+    assert ended(argv, program=grpo_core.pipeline.__main__.main).code == 9
     assert not (run / "grpo" / "final").exists() and (run / "sft" / "final").is_dir()
     before = {path: path.read_bytes() for name in STAGES[:3] for path in (run / name).rglob("*") if path.is_file()}
 
@@ -150,7 +156,17 @@ def test_the_package_is_installed_only_where_it_is_missing(source: str, track: s
     assert ran == [[sys.executable, "-m", "pip", "install", "-q", wanted]]
 
 
-def test_an_interrupt_reaches_the_command_once_and_it_may_end_in_peace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_fails_stops_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"sys": sys, "subprocess": subprocess, "PRESET": "", "RUN": "", "SAVE_EVERY": ""}
+    names |= {"TRACK": "", "MORE": []}
+    exec("import signal\n" + cell("def command"), names)
+    with pytest.raises(RuntimeError, match="failing ended with code 9"):
+        names["command"]("failing")
+
+
+def test_an_interrupt_reaches_the_command_once_and_lets_it_save(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that is interrupted saves itself first: it must neither be killed nor be interrupted twice."""
     program = "import sys, time\ntry:\n    sys.stdout.write('ready\\n')\n    sys.stdout.flush()\n    time.sleep(60)\n"
     program += "except KeyboardInterrupt:\n    print('saved')\n"

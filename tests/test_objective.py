@@ -104,12 +104,12 @@ def test_within_the_bounds_every_token_pulls_with_its_advantage(ratio: float, ad
     assert slope(ratio, advantage) == -advantage
 
 
-def test_a_good_token_that_became_likely_enough_pulls_no_more() -> None:
+def test_a_good_token_above_the_upper_bound_has_no_gradient() -> None:
     assert slope(1.29, 2.0) == -2.0
     assert slope(1.31, 2.0) == 0
 
 
-def test_a_good_token_that_became_rarer_is_never_clipped() -> None:
+def test_a_good_token_that_became_less_probable_is_never_clipped() -> None:
     assert slope(0.5, 2.0) == -2.0
 
 
@@ -118,7 +118,7 @@ def test_a_bad_token_that_became_rare_enough_pulls_no_more() -> None:
     assert slope(0.89, -2.0) == 0
 
 
-def test_a_bad_token_that_became_likelier_is_never_clipped() -> None:
+def test_a_bad_token_that_became_more_probable_is_never_clipped() -> None:
     assert slope(3.0, -2.0) == 2.0
 
 

@@ -90,7 +90,7 @@ def test_a_completion_that_sees_another_would_be_seen(family: Family, monkeypatc
 
 
 @families
-def test_positions_that_go_on_counting_would_be_seen(family: Family) -> None:
+def test_wrong_positions_of_packed_completions_would_be_noticed(family: Family) -> None:
     policy = tiny_policy(family)
     expected = token_logprobs(policy, rows())[0]
 

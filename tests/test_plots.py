@@ -111,12 +111,12 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
         assert list(parts) == [*PARTS, "not divided"]
 
 
-def test_lines_are_told_apart_without_their_colours() -> None:
+def test_lines_can_be_distinguished_without_their_colours() -> None:
     looks = [style(index) for index in range(30)]
     assert len({(look["linestyle"], look["marker"]) for look in looks}) == len(looks)
 
 
-def test_neighbouring_colours_are_told_apart_by_the_colour_blind() -> None:
+def test_colour_blind_readers_can_distinguish_neighbouring_colours() -> None:
     # Machado et al. 2009, deuteranopia and protanopia, on linear RGB
     deutan = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
     protan = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
@@ -139,7 +139,7 @@ def test_runs_share_a_line_where_only_the_seed_differs() -> None:
     assert [line.label for line in by_settings(embedded)] == ["seeds 42, 1, 2", "shuffled-rewards, seeds 42, 1, 2"]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(recorded: list[str], tmp_path: Path) -> None:
+def test_runs_of_one_name_are_labelled_with_their_folders(recorded: list[str], tmp_path: Path) -> None:
     paths = [folder(tmp_path / name / "run", recorded[:3]) for name in ("a", "b")]
     assert [run.name for run in read_runs([*paths, paths[0]])] == ["a/run", "b/run"]
 

@@ -154,7 +154,7 @@ def test_a_tokenizer_without_a_chat_template_gets_a_plain_one(tmp_path: Path) ->
     assert tok.decode(encode_prompt(tok, messages)) == f"Be brief.\n\n{APPLES.question}\n\n"
 
 
-def test_a_thinking_template_is_told_not_to_think() -> None:
+def test_a_thinking_template_is_used_with_thinking_off() -> None:
     """Qwen3's template opens a <think> block of its own in the answer unless enable_thinking is False."""
 
     class Template:

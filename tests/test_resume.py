@@ -53,10 +53,8 @@ CASES: dict[str, tuple[Program, list[str]]] = {
     "SFT in fp16": (sft_core.train.main, [*SFT, "--precision", "fp16"]),
 }
 
-KILLED = [
-    *("as it comes", "mu and a reference", "accumulation, a reference that moves", "LoRA with a reference"),
-    *("fp16 with its scaler", "SFT"),
-]
+# The other cases differ in what a checkpoint holds, which the first test looks at.
+KILLED = ["accumulation, a reference that moves", "SFT"]
 
 
 def lottery(completions: Sequence[str], **columns: object) -> list[float]:
@@ -81,14 +79,14 @@ def started(program: Program, argv: Sequence[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "fp16" not in case])
-def test_gone_on_with_from_any_of_its_checkpoints_a_run_ends_with_the_same_bits(
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(
     case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    goes_on_from(range(1, STEPS + 1) if case in ("as it comes", "SFT") else [3], case, model, tmp_path, capsys)
+    goes_on_from([1, 3, STEPS] if case in ("as it comes", "SFT") else [3], case, model, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])  # slow on a CPU
-def test_gone_on_with_in_fp16_a_run_ends_with_the_same_bits(
+def test_a_run_resumed_in_fp16_ends_with_the_same_bits(
     case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     goes_on_from([3], case, model, tmp_path, capsys)
@@ -112,7 +110,7 @@ def goes_on_from(
 
 @pytest.mark.parametrize("before", ["", "cpu", "HERE"])
 @pytest.mark.parametrize("after", ["", "cpu", "HERE"])
-def test_an_optimizer_goes_on_as_it_was_left(
+def test_an_optimizer_resumes_in_the_state_that_was_saved(
     before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it has kept its moments, and wherever it keeps them now."""
@@ -151,7 +149,7 @@ def test_an_optimizer_goes_on_as_it_was_left(
     assert all(torch.equal(mine, its) for mine, its in zip(goes_on.parameters, left.parameters, strict=True))
 
 
-def test_a_run_is_not_gone_on_with_in_another_precision(
+def test_a_run_does_not_resume_in_another_precision(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program, flags = CASES["SFT"]
@@ -171,14 +169,14 @@ def end_of(program: Program, argv: Sequence[str], out: Path) -> int:
 
 
 @pytest.mark.parametrize("case", KILLED)
-def test_killed_again_and_again_a_run_ends_with_the_same_bits(case: str, model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(case: str, model: Path, tmp_path: Path) -> None:
     program, flags = CASES[case]
     whole, killed, out = tmp_path / "whole", tmp_path / "killed", tmp_path / "out.txt"
     start = time.monotonic()
     assert end_of(program, command(flags, model, whole), out) == 0, out.read_text()
     took = time.monotonic() - start
     argv = [*command(flags, model, killed), "--save_every", "1"]
-    kills, code = run_killed(program, argv, out, kills=6, longest=took / 2, seed=len(case))
+    kills, code = run_killed(program, argv, out, kills=4, longest=took / 2, seed=len(case))
     assert code == 0, out.read_text()
     assert kills >= 2
     assert differences(whole, killed) == []

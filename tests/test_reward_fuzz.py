@@ -1,11 +1,10 @@
-"""The extraction and the reward functions take any string, in time linear in its length."""
+"""The extraction and the reward functions take any string."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +15,12 @@ from rewards import (
     gold_answer,
     is_integer,
     last_number,
-    numeric_reward_func,
     parse_number,
     same_number,
 )
 from sft_core.text.prompts import FORMATS
-from tests.test_rewards import TEXT_REWARDS, best_time, gsm8k_answers
+from tests.test_rewards import TEXT_REWARDS
+from tests.test_rewards_on_any_text import gsm8k_answers
 
 # What the reward functions pay; the count of tags is a range, and is checked by itself.
 PAID = {
@@ -85,7 +84,7 @@ def check_extraction(text: str) -> None:
     assert number is None or (number in text and parse_number(number) is not None)
 
 
-# --- 100,000 strings
+# --- tens of thousands of strings
 
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<answer", "</", "<", ">", "####", "###", "\n", "\n"]
 TAGS += [" ", "4", "1,072", "x", "\n</reasoning>\n<answer>\n", "<reasoning>\n", "\n</answer>\n", "\r\n"]
@@ -109,25 +108,25 @@ def strings(data: bytes) -> Iterator[str]:
             yield "".join(chr(first << 8 | second) for first, second in zip(spelling, spelling[1:], strict=False))
 
 
-def test_a_hundred_thousand_strings_raise_nothing_and_earn_what_is_documented() -> None:
+def test_tens_of_thousands_of_strings_raise_nothing_and_earn_what_is_documented() -> None:
     seen: set[str] = set()
 
     @given(st.binary(min_size=STRINGS * BYTES, max_size=STRINGS * BYTES))
-    @settings(database=None, deadline=None, max_examples=5_000, suppress_health_check=list(HealthCheck))
+    @settings(database=None, deadline=None, max_examples=1_000, suppress_health_check=list(HealthCheck))
     def fuzz(data: bytes) -> None:
         texts = list(strings(data))
         seen.update(texts)
         check(texts)
 
     fuzz()
-    assert len(seen) >= 100_000
+    assert len(seen) >= 20_000
 
 
 ANY = st.text(st.characters(exclude_categories=[]))  # lone surrogates as well
 
 
 @given(st.lists(ANY, min_size=1, max_size=4))
-@settings(database=None, deadline=None, max_examples=1_000)
+@settings(database=None, deadline=None, max_examples=300)
 @example(["nan", "inf", "-Infinity", "sNaN", "1e999999999", "1_000", "0x10", "²", "٣", "７", "½", "−7"])
 @example(["7" * 5_000, "9" * 400, "8" * 400, "." + "3" * 5_000, "1" + ",000" * 2_000, "-" * 5_000 + "1"])
 @example(["\0", "\ud800", "\udfff<answer>\ud800</answer>", "#### \0", "<answer>\0</answer>", "\x1c####\x85 4\u2028"])
@@ -135,78 +134,6 @@ ANY = st.text(st.characters(exclude_categories=[]))  # lone surrogates as well
 @example(["", " ", "\n", "#" * 9, "<answer></answer>", "</answer><answer>", "<answer><answer>4</answer></answer>"])
 def test_any_text_of_any_script_raises_nothing_and_earns_what_is_documented(texts: list[str]) -> None:
     check(texts)
-
-
-# --- a megabyte
-
-MEGABYTE = 1_000_000
-UNITS = [*dict.fromkeys(TAGS + ODD), "1", "0", ",", "1,", "1,000,", "000,", "1.", ".1", "1.1,", "1,1.", "-", "1-", "$-"]
-UNITS += ["$", "%", ".%", "²", "7²", "٣", "#", "####\n", "#### 1\n", "<answer>\n", "<reasoning><answer>", " \n", "\t"]
-UNITS += ["</reasoning> ", "</reasoning>\n\n", "</reasoning> <answer>", "<answer>9", "<answer>9</answer>", "\n</answer"]
-SHAPES = {
-    "bare": ("", ""),
-    "as the xml answer": ("<reasoning>\nso\n</reasoning>\n<answer>1", "2</answer>"),
-    "as the hash answer": ("so\n#### 1", "2"),
-    "inside the strict format": ("<reasoning>\n", "\n</reasoning>\n<answer>\n4\n</answer>\n"),
-    "between the tags": ("<reasoning>a</reasoning>", "<answer>4</answer>"),
-    "after the end": ("<reasoning>\na\n</reasoning>\n<answer>\n4\n</answer>", ""),
-}
-
-
-def judged(name: str) -> Callable[[str], object]:
-    return lambda text: TEXT_REWARDS[name](prompts=["?"], completions=[text], answer=["4"])
-
-
-FUNCTIONS: dict[str, Callable[[str], object]] = {name: judged(name) for name in TEXT_REWARDS} | {
-    "correctness of the gold itself": lambda text: correctness_reward_func(["?"], [text], answer=[text]),
-    "numeric reward of the gold itself": lambda text: numeric_reward_func(["?"], [text], answer=[text]),
-    "extract_xml_answer": extract_xml_answer,
-    "extract_hash_answer": extract_hash_answer,
-    "gold_answer": gold_answer,
-    "last_number": last_number,
-    "is_integer": is_integer,
-    "parse_number": parse_number,
-    "same_number as itself": lambda text: same_number(text, text),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_megabyte_of_anything_costs_every_function_less_than_50_ms(shape: str) -> None:
-    start, end = SHAPES[shape]
-    for unit in UNITS:
-        text = start + unit * (MEGABYTE // len(unit)) + end
-        for name, function in FUNCTIONS.items():
-            seconds = best_time(lambda function=function, text=text: function(text), enough=0.05)
-            assert seconds < 0.05, f"{name} took {seconds:.3f} s on {unit!r} repeated, {shape}"
-
-
-def growth(function: Callable[[str], object], unit: str, start: str, end: str, length: int) -> float:
-    """How many times as long four times the text takes; 0 where even that is too quick to be measured."""
-    small, large = (start + unit * (n // len(unit)) + end for n in (length, 4 * length))
-    slow = best_time(lambda: function(large), enough=0.002)
-    if slow < 0.002:
-        return 0.0
-    ratio = slow / best_time(lambda: function(small), enough=0.0)
-    for _ in range(5):  # a machine that was busy meanwhile, or whose caches hold the short text alone, is asked again
-        if ratio < 8:
-            break
-        slow = min(slow, best_time(lambda: function(large), enough=0.0))
-        ratio = min(ratio, slow / best_time(lambda: function(small), enough=0.0))
-    return ratio
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_four_times_the_text_costs_less_than_eight_times_the_time(name: str) -> None:
-    for unit in UNITS:
-        for start, end in (SHAPES["bare"], SHAPES["as the xml answer"], SHAPES["as the hash answer"]):
-            ratio = growth(FUNCTIONS[name], unit, start, end, MEGABYTE // 4)
-            assert ratio < 8, f"{name}: {ratio:.1f} times as long on {unit!r} repeated"
-
-
-def test_the_measure_of_growth_sees_a_pattern_that_backtracks() -> None:
-    customary = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
-    assert growth(customary.match, "</reasoning><answer>", "<reasoning>", "", 2_000) > 8
-    assert growth(lambda text: re.findall(r"#+\d", text), "#", "", "", 1_000) > 8
 
 
 # --- real text

@@ -197,7 +197,7 @@ def test_joined_samples_are_the_chosen_rows_padded_anew(chosen: list[int]) -> No
         assert joined.truncated_N[at] == (length == 4)
 
 
-def test_the_data_goes_on_behind_the_prompts_that_replaced_others() -> None:
+def test_the_data_continues_after_the_prompts_that_replaced_others() -> None:
     task = Task("stock", STOCK, [])
     order = [number_of(example.question) for example in task.draw(0, 12, seed=5)]
     source = PromptSource(task, seed=5)

@@ -18,15 +18,14 @@ import yaml
 
 import grpo_core.step
 import grpo_core.train
-import sft_core.train
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
-from sft_core.config import FREE_ON_RESUME, PASSING
+from sft_core.config import FREE_ON_RESUME
 from sft_core.run.checkpoint import checkpoints, step_of
 from sft_core.run.progress import Progress
-from tests.faulty import FORKS, SFT, STEPS, Ended, command, dies, ended, fails, on_call
+from tests.faulty import FORKS, STEPS, Ended, command, dies, ended, fails, on_call
 from tests.helpers import PEFT_IS_BEHIND, message_of, tiny_model
-from tests.killing import child, differences, log, shown
+from tests.killing import child, differences
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
@@ -95,7 +94,7 @@ def test_after_kill_9_the_lock_is_free(model: Path, whole: Path, run: Path) -> N
     assert differences(whole, run) == []
 
 
-def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, whole: Path, run: Path) -> None:
+def test_a_file_system_without_locks_gets_a_message_and_the_run_continues(model: Path, whole: Path, run: Path) -> None:
     end = ended(command(model, run, "--resume"), lambda: on_call(__import__("fcntl"), "flock", 1, fails()))
     assert end.code == 0 and f"{run} cannot be locked on this file system" in end.text
     assert differences(whole, run) == []
@@ -104,7 +103,7 @@ def test_a_file_system_without_locks_is_told_and_no_obstacle(model: Path, whole:
 # --- a folder that holds something
 
 
-def test_a_run_is_neither_gone_on_with_nor_deleted_without_being_told_to(model: Path, run: Path) -> None:
+def test_a_run_is_neither_resumed_nor_deleted_without_its_flag(model: Path, run: Path) -> None:
     before = contents(run)
     end = ended(command(model, run))
     assert_refused(end, f"--output_dir {run}: ", "which --overwrite deletes and --resume goes on with")
@@ -127,7 +126,7 @@ def test_overwrite_deletes_the_run_and_no_file_of_anybody_else(model: Path, whol
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.yaml", "checkpoints/best.ckpt"], ["log.jsonl"]])
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
-def test_a_folder_of_strangers_files_is_refused_whatever_is_asked(
+def test_a_folder_with_other_peoples_files_is_refused_under_every_flag(
     names: list[str], flag: list[str], model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "theirs"
@@ -140,7 +139,7 @@ def test_a_folder_of_strangers_files_is_refused_whatever_is_asked(
     assert contents(folder) == before
 
 
-def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_its_first_moments_can_be_started_again(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml.unfinished").write_text("model: ti")
@@ -152,7 +151,7 @@ def test_a_run_that_was_killed_in_its_first_moments_is_no_stranger(model: Path, 
 
 
 @pytest.mark.parametrize("form", ["bare", "run", "run with its folder", "checkpoint", "relative"])
-def test_every_form_of_resume_goes_on_to_the_same_end(form: str, model: Path, whole: Path, run: Path) -> None:
+def test_every_form_of_resume_comes_to_the_same_end(form: str, model: Path, whole: Path, run: Path) -> None:
     short = ["--no_progress", "--resume"]
     argv = {
         "bare": command(model, run, "--resume"),
@@ -268,96 +267,6 @@ def test_weights_below_an_adapter_or_of_a_reference_that_have_changed_are_refuse
     tiny_model(seed=1).save_pretrained(start)
     assert_refused(ended([*argv, "--resume"]), f"--resume {run}: the model is not what it was when the run began")
     assert contents(run) == before
-
-
-# --- when is saved, what is kept
-
-
-@pytest.mark.parametrize(
-    ("flags", "kept"),
-    [
-        (["--save_every", "1"], [2, 3]),
-        (["--save_every", "1", "--keep_last", "1"], [3]),
-        (["--save_every", "1", "--keep_last", "0"], [1, 2, 3]),
-        (["--save_every", "2"], [2]),
-        (["--save_every", "0"], []),
-        (["--save_every", "10m"], []),
-        (["--save_every", "0.0001m", "--keep_last", "0"], [1, 2, 3]),  # 6 milliseconds, less than a step
-    ],
-)
-def test_checkpoints_are_written_and_kept_as_asked(
-    flags: list[str], kept: list[int], model: Path, whole: Path, tmp_path: Path
-) -> None:
-    assert ended(command(model, tmp_path / "run", *flags)).code == 0
-    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == kept
-    assert differences(whole, tmp_path / "run") == []
-
-
-@pytest.mark.parametrize("value", ["-1", "1.5", "10s", "m", "", "1e3", "10 m", "nanm", "٣"])
-def test_an_interval_that_is_none_is_one_line(value: str, model: Path, tmp_path: Path) -> None:
-    message = message_of(command(model, tmp_path / "run", f"--save_every={value}"))
-    assert message == f"--save_every {value}: expected a number of steps (100) or of minutes (10m)"
-
-
-def test_what_a_kill_has_left_unfinished_is_deleted_when_the_next_checkpoint_is_written(model: Path, run: Path) -> None:
-    left = run / "checkpoints" / "step-000099.unfinished"
-    left.mkdir()
-    assert ended(command(model, run, "--resume")).code == 0
-    assert not left.exists()
-
-
-# --- what is written down
-
-
-def test_provenance_tells_of_each_time_that_the_run_was_gone_on_with(model: Path, killed: Path, run: Path) -> None:
-    begun = json.loads((killed / "provenance.json").read_text())
-    argv = command(model, run, "--resume", "--keep_last", "0")
-    assert ended(argv, partial(on_call, Progress, "save", 1, dies, True)).code == 9
-    assert ended(argv).code == 0
-    now = json.loads((run / "provenance.json").read_text())
-    resumed = now.pop("resumed")
-    assert now == begun
-    assert [each["after_step"] for each in resumed] == [2, 3]
-    assert all(each.keys() == {"after_step", *begun} for each in resumed)
-
-
-def test_the_config_is_the_runs_and_not_the_commands(killed: Path) -> None:
-    text = (killed / "config.yaml").read_text()
-    values = yaml.safe_load(text)
-    assert set(PASSING).isdisjoint(values)
-    assert {*values, *PASSING} == set(GRPOConfig.__dataclass_fields__)
-
-
-def test_log_and_tensorboard_show_no_step_twice(model: Path, whole: Path, run: Path) -> None:
-    for _ in range(2):  # in the third step, its log line written and no checkpoint
-        ends = partial(on_call, Progress, "completed", 1, dies)
-        assert ended(command(model, run, "--resume"), ends).code == 9
-        assert [line["step"] for line in log(run) if line["kind"] == "train"] == [1, 2, 3]
-    assert ended(command(model, run, "--resume")).code == 0
-    assert [line["step"] for line in log(run) if line["kind"] == "train"] == [1, 2, 3]
-    curves = shown(run)
-    assert [step for step, _ in curves["train/reward_mean"]] == [1, 2, 3]
-    assert curves == shown(whole)
-
-
-@pytest.mark.parametrize("places", [["", "cpu", "HERE"], ["HERE", "", "cpu"], ["cpu", "HERE", ""]])
-def test_the_optimizers_moments_may_move_between_resumes(
-    places: list[str], model: Path, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    for count, place in enumerate(places):
-        where = ["--offload_optimizer", str(tmp_path) if place == "HERE" else place] if place else []
-        stops = partial(on_call, Progress, "save", 1, dies, True) if count < 2 else None
-        end = ended(command(model, run, *where, "--resume"), stops)
-        assert end.code == (9 if stops else 0), end.text
-    assert differences(whole, run) == []
-
-
-def test_an_sft_run_is_not_gone_on_with_by_grpo(model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    ends = partial(on_call, Progress, "save", 1, dies, True)
-    assert ended(command(model, run, own=SFT), ends, sft_core.train.main).code == 9
-    assert_refused(ended(["--resume", str(run)]), f"--config {run}/config.yaml: unknown key ")
 
 
 # --- the table of faults

@@ -6,29 +6,19 @@ recomputed is in test_invariances.py.
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import grpo_core.job
-import grpo_core.train
 from eval.sampling import Samples
-from grpo_core.metrics import Tally, step_record
-from grpo_core.step import grpo_step, sample_groups
-from rewards import Reward
+from grpo_core.metrics import Tally
+from grpo_core.step import sample_groups
 from sft_core.learn.logprobs import token_logprobs
-from sft_core.model.policy import Policy, without_dropout
-from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import load_task
+from sft_core.model.policy import without_dropout
 from tests.helpers import (
     EXAMPLES,
     FAMILIES,
@@ -39,7 +29,6 @@ from tests.helpers import (
     completions,
     ends_often,
     forward_calls,
-    gradients,
     grpo_config,
     largest_difference,
     learner,
@@ -48,7 +37,6 @@ from tests.helpers import (
     weights,
     with_samples,
 )
-from tests.naive import NaiveStep
 
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
@@ -194,111 +182,6 @@ def test_the_entropy_bonus_raises_the_entropy() -> None:
     assert float(entropy_NT.sum() / rows.mask_NT.sum()) > Tally.of(report).means()["entropy"] + 1e-3
 
 
-# --- rewards ---
-
-
-class Identity:
-    """A reward that numbers the rows and keeps what it was called with."""
-
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: list[str]) -> list[float]:
-        self.called = {"prompts": list(prompts), "completions": list(completions), **columns}
-        return [float(row) for row in range(len(prompts))]
-
-
-def test_every_row_is_scored_against_its_own_prompts_gold() -> None:
-    policy, reward = ends_often(tiny_policy()), Identity()
-    config = grpo_config()
-    report = step(caught(policy, config, reward))
-    assert reward.called["answer"] == ["7"] * 3 + ["10"] * 3
-    for column in ("prompts", "question"):
-        assert reward.called[column] == [EXAMPLES[0].question] * 3 + [EXAMPLES[1].question] * 3
-    assert reward.called["solution"] == [EXAMPLES[0].solution] * 3 + [EXAMPLES[1].solution] * 3
-    assert reward.called["completions"] == report.rollout.samples.texts
-    encoded = [encode_prompt(policy.tokenizer, prompt_messages(example, config)) for example in EXAMPLES]
-    assert [prompt for prompt, _ in completions(report.rollout.samples)] == [encoded[0]] * 3 + [encoded[1]] * 3
-    for (_, ids), text in zip(completions(report.rollout.samples), report.rollout.samples.texts, strict=True):
-        assert policy.tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_a_row_gets_its_own_reward_and_advantage() -> None:
-    report = step(caught(ends_often(tiny_policy()), grpo_config(scale_rewards="none"), Identity()))
-    assert report.rollout.reward_BG.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert report.advantage_BG.tolist() == [[-1, 0, 1], [-1, 0, 1]]
-
-
-@pytest.mark.parametrize("row", range(6))
-def test_a_rewarded_completion_gains_on_its_group(row: int) -> None:
-    """One row is paid: a small step down the gradient lifts its log-probability above the mean of its group, for that
-    is the inner product of the step with its own direction."""
-    policy = ends_often(tiny_policy(dtype=torch.float64))
-    config = grpo_config(scale_rewards="none", aggregation="constant_length")
-
-    def reward(prompts: Sequence[str], **_: Any) -> list[float]:
-        return [float(i == row) for i in range(len(prompts))]
-
-    parts = caught(policy, config, reward, lr=1e-3)
-    report = step(parts)
-    before, after = (
-        NaiveStep(model, config, completions(report.rollout.samples), [0.0] * 6).old
-        for model in (tiny_policy(dtype=torch.float64).model, policy.model)
-    )
-    gains = [float(sum(new) - sum(old)) for old, new in zip(before, after, strict=True)]
-    first = row // 3 * 3
-    assert gains[row] > fmean(gains[first : first + 3])
-
-
-@pytest.mark.parametrize("value", [0.0, 0.01, 1.0])
-def test_equal_rewards_give_zero_gradient(value: float) -> None:
-    (gradient,) = gradients(
-        ends_often(tiny_policy()), grpo_config(), reward=lambda prompts, **_: [value] * len(prompts)
-    )
-    assert all((g == 0).all() for g in gradient.values())
-
-
-def test_equal_rewards_leave_the_weights_alone() -> None:
-    policy = ends_often(tiny_policy())
-    parts = learner(policy, grpo_config(), lambda prompts, **_: [0.01] * len(prompts))
-    before = weights(policy)
-    step(parts)
-    assert largest_difference(weights(policy), before) == 0
-
-
-def test_a_row_that_no_reward_function_judged_is_left_out() -> None:
-    values = [None, 1.0, 3.0, 0.0, 0.0, 6.0]
-    config = grpo_config(scale_rewards="none")
-    report = step(caught(ends_often(tiny_policy()), config, lambda **_: values))
-    assert report.rollout.reward_BG[0, 0].isnan()
-    assert report.advantage_BG.tolist() == [[0, -1, 1], [-2, -2, 4]]
-    record = step_record(report)
-    assert record["reward_mean"] == 2.0 and record["rewards/reward"] == 2.0
-
-
-def test_a_step_that_no_reward_function_judged_teaches_nothing_and_can_be_logged() -> None:
-    policy, config = ends_often(tiny_policy()), grpo_config()
-    parts = caught(policy, config, lambda prompts, **_: [None] * len(prompts))
-    report = step(parts)
-    (gradient,) = parts.optimizer.gradients  # type: ignore[attr-defined]
-    assert all((g == 0).all() for g in gradient.values())
-    record = step_record(report)
-    assert math.isnan(record["reward_mean"]) and record["rewards/reward"] is None
-    assert record["zero_variance_share"] == 1 and math.isnan(record["reward_std"])
-
-
-def test_weights_of_rewards_are_applied() -> None:
-    config = grpo_config(scale_rewards="none")
-    parts = caught(ends_often(tiny_policy()), config)
-    ones = Reward("ones", lambda prompts, **_: [1.0] * len(prompts), 10.0)
-    report = step(replace(parts, rewards=[Reward("identity", Identity(), 2.0), ones]))
-    assert report.rollout.reward_BG.tolist() == [[10, 12, 14], [16, 18, 20]]
-    assert set(report.rollout.scores.by_function) == {"identity", "ones"}
-
-
-def test_shuffled_rewards_are_the_same_rewards_on_other_rows() -> None:
-    report = step(caught(ends_often(tiny_policy()), grpo_config(shuffle_rewards=True), Identity()))
-    dealt = report.rollout.reward_BG.flatten().tolist()
-    assert sorted(dealt) == [0, 1, 2, 3, 4, 5] and dealt != sorted(dealt)
-
-
 # --- steps that must not be taken ---
 
 
@@ -340,68 +223,3 @@ def test_an_overflow_in_fp16_repeats_the_batch_with_half_the_factor() -> None:
     assert math.isfinite(report.grad_norm)
     means = Tally.of(report).means()
     assert means["ratio_min"] == means["ratio_max"] == 1
-
-
-# --- the run around the step ---
-
-
-def train_lines(tmp_path: Path, **fields: Any) -> list[dict[str, Any]]:
-    """The log of a run, of one step unless `fields` say otherwise, on a GPT-2 with dropout."""
-    tiny_policy("gpt2", resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1).save(tmp_path / "model")
-    arithmetic = {"task": "arithmetic", "difficulty": 1, "eval_problems": 2, "max_steps": 1, "max_prompt_tokens": 64}
-    quiet = {"progress": False, "tensorboard": False, "show_every": 0, "output_dir": str(tmp_path / "run")}
-    config = grpo_config(model=str(tmp_path / "model"), **(arithmetic | quiet | fields))
-    config.check()
-    folder = grpo_core.train.run(grpo_core.job.prepare(config))
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
-
-
-def test_a_run_turns_dropout_off_in_policy_and_reference(tmp_path: Path) -> None:
-    (line,) = train_lines(tmp_path, beta=0.1, gradient_checkpointing=True)
-    assert line["sampler_gap_max"] < 1e-5
-    assert line["kl"] == 0
-
-
-def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refused:
-        def __init__(self, policy: Policy) -> None:
-            raise AssertionError("a reference was made")
-
-    monkeypatch.setattr(grpo_core.job, "Reference", Refused)
-    assert train_lines(tmp_path, beta=0.0)[0]["kl"] == 0
-
-
-@pytest.mark.parametrize("mu", [1, 2])
-def test_the_schedule_spans_the_run_however_many_updates_a_step_takes(mu: int, tmp_path: Path) -> None:
-    lines = train_lines(tmp_path, mu=mu, max_steps=4, lr=1e-3, lr_schedule="linear", eval_problems=0)
-    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
-
-
-@pytest.mark.parametrize(("attempts", "replaced"), [(0, 0), (2, 4)])
-def test_a_run_draws_further_prompts_where_dynamic_sampling_asks_for_them(
-    attempts: int, replaced: int, tmp_path: Path
-) -> None:
-    """An untrained model is never right: both groups of a step are equal, and so are all that replace them."""
-    lines = train_lines(tmp_path, dynamic_sampling=attempts, max_steps=2)
-    assert [line["replaced_groups"] for line in lines] == [replaced] * 2
-    records = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    questions = list(dict.fromkeys(record["question"] for record in records))
-    task = load_task(grpo_config(task="arithmetic", difficulty=1, eval_problems=2), seed=42)
-    walk = [example.question for example in task.draw(0, 4 + 2 * replaced, 42)]
-    # Each step's last two draws are what it learns.
-    assert questions == [*walk[replaced : replaced + 2], *walk[2 * replaced + 2 : 2 * replaced + 4]]
-
-
-@pytest.mark.parametrize("every", [0, 1])
-def test_a_runs_reference_follows_where_asked(every: int, tmp_path: Path) -> None:
-    moving = {"lr": 1e-2, "entropy_coef": 1.0, "max_steps": 3}  # an untrained model earns nothing
-    lines = train_lines(tmp_path, beta=0.1, ref_sync_every=every, ref_sync_mix=1.0, **moving)
-    assert lines[0]["kl"] == 0
-    assert all((line["kl"] == 0) == (every == 1) for line in lines[1:])
-
-
-def test_the_training_step_fits_on_a_screen() -> None:
-    """60 lines of at most 120 characters, its docstring within: what an editor shows at once."""
-    lines = inspect.getsource(grpo_step).splitlines()
-    assert len(lines) <= 60 and max(map(len, lines)) <= 120

@@ -125,7 +125,7 @@ def killed(argv: list[str], act: Action = dies) -> None:
     assert ended(argv, partial(on_call, Progress, "completed", number, act)).code in (1, 9)
 
 
-def test_wandb_is_told_each_line_once_however_often_a_run_is_gone_on_with(
+def test_wandb_gets_each_line_once_however_often_a_run_is_resumed(
     wandb: StandIn, note: Path, model: Path, whole: Path, run: Path
 ) -> None:
     argv = command(model, run, "--track", "wandb")
@@ -146,7 +146,7 @@ def test_wandb_is_told_each_line_once_however_often_a_run_is_gone_on_with(
     assert differences(whole, run) == []
 
 
-def test_wandb_is_told_the_whole_of_a_run_that_was_begun_without_it(
+def test_wandb_gets_the_whole_of_a_run_that_began_without_it(
     wandb: StandIn, note: Path, model: Path, run: Path
 ) -> None:
     killed(command(model, run))
@@ -162,7 +162,7 @@ def test_a_run_that_is_overwritten_is_another_one_at_wandb(wandb: StandIn, note:
 
 
 @pytest.mark.parametrize("where", [("init", 1), ("log", 3), ("finish", 1)])
-def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on(
+def test_a_tracker_that_fails_is_one_line_and_the_run_continues(
     where: tuple[str, int], wandb: StandIn, model: Path, whole: Path, run: Path
 ) -> None:
     wandb.fails_at = where
@@ -173,7 +173,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on(
     assert differences(whole, run) == []
 
 
-def test_wandb_is_told_that_a_run_has_failed(wandb: StandIn, note: Path, model: Path, run: Path) -> None:
+def test_wandb_shows_that_a_run_has_failed(wandb: StandIn, note: Path, model: Path, run: Path) -> None:
     killed(command(model, run, "--track", "wandb"), fails())
     assert [line["exit_code"] for line in told(note, "finish")] == [1]
 

@@ -149,7 +149,7 @@ def test_vespo_takes_each_rows_own_ratio() -> None:
 # --- the bound on the ratio of bad tokens (INTELLECT-2) ---
 
 
-def test_delta_bounds_what_a_bad_token_costs_that_became_likelier() -> None:
+def test_delta_bounds_the_cost_of_a_bad_token_that_became_more_probable() -> None:
     def pull(ratio: float, advantage: float) -> float:
         return slope(lambda r: clipped_surrogate(r, table([advantage]), 0.2, 0.2, delta=4.0), ratio)
 
@@ -159,7 +159,7 @@ def test_delta_bounds_what_a_bad_token_costs_that_became_likelier() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.7, 1.0, 1.1, 1.5, 3.0, 9.0])
-def test_delta_leaves_good_tokens_and_rarer_bad_ones_alone(ratio: float) -> None:
+def test_delta_leaves_good_tokens_and_less_probable_bad_ones_alone(ratio: float) -> None:
     """It bounds the first branch of the minimum only, beyond the other's bound."""
     for advantage in (2.0, -2.0) if ratio < 1.5 else (2.0,):
         args = (table([ratio]), table([advantage]), 0.2, 0.2)

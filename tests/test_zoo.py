@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the zoo forks")
 every_bug = pytest.mark.parametrize("bug", [pytest.param(bug, id=label) for label, bug in labels(MUTATIONS)])
 
-SIGN = "tests/test_rewards.py::test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number"
+SIGN = "tests/test_answers.py::test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number"
 HARMLESS = Mutation(
     pitfall=2,
     name="the same in other words",
@@ -25,7 +25,7 @@ HARMLESS = Mutation(
     old="_, mark, rest = text.partition(HASH_MARK)",
     new="_, mark, rest = text.split(HASH_MARK)[0], HASH_MARK in text, HASH_MARK.join(text.split(HASH_MARK)[1:])",
     why="",
-    tests=("tests/test_rewards.py::test_the_hash_answer_is_the_first_mark_to_the_end_of_its_line",),
+    tests=("tests/test_answers.py::test_the_hash_answer_is_the_first_mark_to_the_end_of_its_line",),
 )
 
 

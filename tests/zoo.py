@@ -139,8 +139,9 @@ def run_pytest(tree: Path, tests: Sequence[str], output: Path) -> int:
             del sys.modules[name]  # `tests`, which this file belongs to: to be found again in the copy
         import pytest
 
-        # pytest would like to have been there when its plugins were imported.
-        quiet = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        # No workers: this is a process of its own already. And pytest would like to have been there when its plugins
+        # were imported.
+        quiet = ["-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         code = int(pytest.main(["-x", "-q", *quiet, *tests]))
     except BaseException:
         traceback.print_exc()

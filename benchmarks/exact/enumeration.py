@@ -1,7 +1,7 @@
 """The exact expectation of a step's gradient: every completion of a small language, and every group of them.
 
 A vocabulary of 4 or 5 tokens and a budget of at most 3 leave few enough completions to list them all. A step draws G of
-them for each of B prompts; listing every step and weighing its loss by its probability gives the expected loss, and one
+them for each of B prompts; summing every step's loss times its probability gives the expected loss, and one
 backward pass the expected gradient, with no sampling noise. Float64 throughout.
 
 Shapes, beside those of `sft_core.learn.rows`:
@@ -244,7 +244,7 @@ class Estimator:
         return gradient(-self.expected_loss(self.world.logp(policy)), policy)
 
     def pull(self, policy: Policy) -> Tensor:
-        """pull_RT: the advantage that a token's log-probability is multiplied with in the mean, weight included:
+        """pull_RT: the mean advantage that a token's log-probability is multiplied by, weight included:
         minus the gradient of the expected loss, over the probability of the completion."""
         logp_RT = self.world.logp(policy).detach().requires_grad_()
         chance_R1 = logp_RT.detach().sum(dim=1, keepdim=True).exp()
@@ -252,7 +252,7 @@ class Estimator:
 
 
 def settings(budget: int, G: int, **fields: Any) -> GRPOConfig:
-    """A configuration whose advantages are unscaled and whose tokens weigh 1 / N, unless `fields` say otherwise."""
+    """A configuration with unscaled advantages and token weights of 1 / N, unless `fields` say otherwise."""
     plain = {"scale_rewards": "none", "aggregation": "sequence_sum"}
     config = GRPOConfig(group_size=G, max_completion_tokens=budget, **(plain | fields))
     config.check()

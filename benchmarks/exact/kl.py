@@ -38,7 +38,7 @@ def sampled_kl(loss: Callable[[Tensor, Tensor], Tensor], here: World, policy: Po
 
 @dataclass(frozen=True)
 class KLGradients:
-    """True gradients of the three things that a KL term might be taken for."""
+    """True gradients of the three KLs that a KL term might estimate."""
 
     sequence: Tensor  # KL(pi_theta || pi_ref) of whole completions
     reverse: Tensor  # KL(pi_theta || pi_ref) of the next token at each visited prefix, the visits held fixed
@@ -50,7 +50,7 @@ def kl_gradients(here: World, policy: Policy, reference: Policy, visitor: Policy
     chance_R = here.chance(policy)
     logp_R, ref_R = here.logp(policy).sum(dim=1), here.logp(reference).sum(dim=1).detach()
     new_RTV, ref_RTV = here.next_token_logp(policy), here.next_token_logp(reference).detach()
-    # A prefix is in as many rows as completions go on from it; their probabilities add up to the prefix's own.
+    # A prefix is in as many rows as there are completions of it; their probabilities add up to the prefix's own.
     visits_RT = here.chance(visitor or policy).detach()[:, None] * here.mask_RT
     reverse_RT = (new_RTV.exp() * (new_RTV - ref_RTV)).sum(dim=-1)
     forward_RT = (ref_RTV.exp() * (ref_RTV - new_RTV)).sum(dim=-1)
@@ -130,7 +130,7 @@ def kl_values() -> Table:
             spread = float((chance_R * (value_R - mean).square()).sum().sqrt())
             lines.append((f"{kind}, {name}", kl, mean, mean - kl, spread))
     columns = ("estimate", "true KL(policy, ref)", "mean", "bias", "standard deviation")
-    says = "In nats. k1 and k3 have the true KL for their mean, of one token and summed over a completion; k2 has not."
+    says = "In nats. k1 and k3 are unbiased estimates of the KL, of one token and summed over a completion; k2 is not."
     return Table("5. Values of KL estimates", columns, lines, says)
 
 

@@ -40,7 +40,7 @@ def unscaled() -> Table:
                 what = f"{name}, G = {G}, {aggregation}"
                 lines.append(compared(what, "expected reward", direction, truth, (G - 1) / G / scale))
     says = (
-        "Less the group's mean and undivided, advantages give the true gradient times (G - 1) / G (a completion is "
+        "Rewards minus the group's mean, undivided, give the true gradient times (G - 1) / G (a completion is "
         "part of its own baseline), and over the budget with constant_length: a smaller step in the right direction."
     )
     return Table("1. Unscaled advantages", COMPARED, lines, says)
@@ -78,11 +78,12 @@ def scaled() -> Table:
         lines.append((name, alone[0].size, alone[0].cosine, alone[1].size, alone[1].cosine, whole.cosine, whole.rest))
     columns = ("advantages", "size, prompt 0", "cosine", "size, prompt 1", "cosine", "cosine of both", "rest of both")
     says = (
-        "G = 4, two prompts, graded rewards three times as small on prompt 1. Dividing by the group's spread turns "
+        "G = 4, two prompts, graded rewards three times as small on prompt 1. Dividing by the group's standard "
+        "deviation turns "
         "each prompt's own gradient, and undoes the difference of scale between them; dividing by the batch's does "
         "less of both."
     )
-    return Table("2a. Dividing by the spread", columns, lines, says)
+    return Table("2a. Dividing by the standard deviation", columns, lines, says)
 
 
 def guesses(shares: tuple[float, ...]) -> tuple[World, Policy]:
@@ -96,7 +97,7 @@ def difficulty() -> Table:
     """Block 2, second part."""
     lines: list[tuple[Cell, ...]] = []
     for scale, G in [("none", 4), ("group", 2), ("group", 3), ("group", 4), ("group", 8), ("group", 16), ("batch", 4)]:
-        # Under `batch` one prompt's samples weigh another's, so the three are enumerated together.
+        # Under `batch` one prompt's samples change another's weight, so the three are enumerated together.
         parts = [guesses(SHARES)] if scale == "batch" else [guesses((share,)) for share in SHARES]
         directions, truths = [], []
         for here, policy in parts:
@@ -109,7 +110,8 @@ def difficulty() -> Table:
     columns = ("scale_rewards", *(f"size, right {share:.0%}" for share in SHARES), "cosine of the three")
     says = (
         "Rewards 0 and 1: each prompt's direction is right (cosine 1), but their shares of the step change. With G = "
-        "2 or 3 dividing by the group's spread is one constant for all prompts; the larger the group, the more hard "
+        "2 or 3 dividing by the group's standard deviation is one constant for all prompts; the larger the group, "
+        "the more hard "
         "and easy prompts gain on those in the middle."
     )
     return Table("2b. Difficulty re-weighted", columns, lines, says)
@@ -140,7 +142,7 @@ def normalisers() -> Table:
         "completion's own tokens raises the advantage per token of length. The mean over the step's tokens divides "
         "by a number that depends on the group's own lengths, a bias that shrinks as the group grows."
     )
-    return Table("3a. What a token weighs", COMPARED, lines, says)
+    return Table("3a. Weights of tokens", COMPARED, lines, says)
 
 
 def length_bias() -> Table:

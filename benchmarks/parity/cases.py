@@ -65,7 +65,7 @@ class Trace:
     gradient: list[dict[str, Tensor]] = field(default_factory=list)  # update: before clipping
     weights: list[dict[str, Tensor]] = field(default_factory=list)  # update: after it
     metrics: list[dict[str, float]] = field(default_factory=list)  # rollout: by the side's own names
-    window_weight: list[float] = field(default_factory=list)  # micro-batch: what its tokens weigh in TRL's dapo
+    window_weight: list[float] = field(default_factory=list)  # micro-batch: the weight of its tokens in TRL's dapo
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +75,8 @@ def tokenizer() -> Any:
 
 @lru_cache(maxsize=2)
 def model_folder(family: Family, parent: Path) -> Path:
-    """A small model's weights on disk, where TRL reloads its reference from. Their spread is twenty times a usual
-    start's, so that the model prefers some tokens to others."""
+    """A small model's weights on disk, where TRL reloads its reference from. Their standard deviation is twenty times
+    the usual initialisation's, so that the model prefers some tokens to others."""
     tok = tokenizer()
     shared = {"vocab_size": len(tok), "initializer_range": 0.2, "bos_token_id": None}
     shared |= {"eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
@@ -129,7 +129,7 @@ def rewards(none_rewards: bool) -> list[Any]:
 
 
 def equal_rewards(value: float) -> list[Any]:
-    """Two reward functions that pay everybody alike."""
+    """Two reward functions that give every row the same value."""
 
     def first(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         return [value] * len(completion_ids)

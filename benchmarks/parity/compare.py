@@ -114,7 +114,7 @@ def metric_differences(case: Case, ours: Trace, theirs: Trace) -> dict[str, floa
     for mine, its in zip(ours.metrics, theirs.metrics, strict=True):
         for name, other in metrics_of(case).items():
             if mine[name] is None and its.get(other) is None:
-                continue  # the spread of fewer than two rewards
+                continue  # the standard deviation of fewer than two rewards
             scale = max(1e-9 if other == "learning_rate" else 1.0, abs(its[other]))
             found[other].append(abs(mine[name] - its[other]) / scale)
     return {other: _largest(values) for other, values in found.items()}
@@ -132,7 +132,7 @@ def metrics_of(case: Case) -> dict[str, str]:
         if kind == "cispo":
             names |= {"clip_ratio_high": "cispo_clip_ratio"}
     if case.fields.get("scale_rewards") == "batch" or "reward_aggregation" in case.fields:
-        del names["zero_variance_share"]  # TRL then looks at the batch's spread
+        del names["zero_variance_share"]  # TRL then looks at the batch's standard deviation
     return names
 
 

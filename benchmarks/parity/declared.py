@@ -97,7 +97,7 @@ def reference_by_name(folder: Path) -> Declared:
         "KL at the first step of a model that was trained in memory",
         their_trace.metrics[0]["kl"],
         our_trace.metrics[0]["kl"],
-        "G:1003 loads the reference anew by the model's name; here it is a copy of the weights at the start",
+        "G:1003 loads the reference again by the model's name; here it is a copy of the weights at the start",
     )
 
 
@@ -140,7 +140,7 @@ def top_entropy_in_pieces(folder: Path) -> Declared:
         "high-entropy tokens in micro-batches",
         "the same with `top_entropy` 0.4",
         *_cut_in_two(Case(fields={"top_entropy": 0.4}), folder),
-        "G:3050 takes the quantile of each micro-batch, in each update anew; here one over the step, of the policy "
+        "G:3050 takes the quantile of each micro-batch, again in each update; here one over the step, of the policy "
         "that sampled. Where it falls among tokens of equal entropy (a group's first ones), rounding decides in TRL; "
         "here all of them are kept",
     )
@@ -151,7 +151,7 @@ def entropy_bonus_in_pieces(folder: Path) -> Declared:
         "entropy bonus in micro-batches",
         "the same with `entropy_coef` 1",
         *_cut_in_two(Case(fields={"entropy_coef": 1.0}), folder),
-        "G:3199 averages the averages of micro-batches; here a token counts alike in all of them",
+        "G:3199 averages the averages of micro-batches; here every token has the same weight",
     )
 
 

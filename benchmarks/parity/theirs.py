@@ -207,7 +207,7 @@ def _note_everything(trainer: Any, trace: Trace, spoil_loss: Callable[[int, Tens
 
 
 def _in_order(logp_of_row: dict[tuple[int, ...], Tensor], completion_ids: list[list[int]]) -> Tensor:
-    """TRL shuffles a rollout's rows: put them back. Rows are told apart by their completions."""
+    """TRL shuffles a rollout's rows: put them back. Rows are identified by their completions."""
     width = max(map(len, completion_ids))
     pad_id = tokenizer().pad_token_id
     return torch.stack([logp_of_row[(*ids, *[pad_id] * (width - len(ids)))] for ids in completion_ids])

@@ -1,4 +1,4 @@
-"""A configuration on a machine: what it holds, how long its steps take at least, which flags would make it smaller."""
+"""A configuration on a machine: the memory that it needs, its least step time, and which flags save memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewards.tables import markdown
 from sft_core.model.shapes import Shapes, shapes_of
 from sft_core.model.source import Source, find_source
 
-SMALLEST_SAVING = 0.05 * GB  # less is not worth a flag
+SMALLEST_SAVING = 0.05 * GB  # smaller savings are not worth a flag
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ SHEETS: dict[str, list[Panel]] = {
     ],
     "rewards": [
         Panel("reward, mean ± std", "reward", logged("reward_mean"), band=about("reward_mean", "reward_std")),
-        Panel("spread of the rewards", "std of the reward", logged("reward_std")),
+        Panel("standard deviation of the rewards", "std of the reward", logged("reward_std")),
         Panel("advantage, mean ± std", "advantage", logged("adv_mean"), band=about("adv_mean", "adv_std")),
         ADVANTAGE,
         FLAT,

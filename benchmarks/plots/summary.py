@@ -65,10 +65,10 @@ def _heldout(run: Run) -> str:
         ends = [losses[0], losses[-1]][: len(losses)] if losses else []
         return f"held out  loss {' -> '.join(f'{loss:.3g}' for loss in ends)}" if ends else ""
     best = max(known, key=lambda line: line["accuracy"])
-    told = " -> ".join(_interval(line) for line in (known[0], known[-1])[: len(known)])
+    shares = " -> ".join(_interval(line) for line in (known[0], known[-1])[: len(known)])
     steps = f"steps {known[0]['step']} and {known[-1]['step']}" if len(known) > 1 else f"step {known[0]['step']}"
     problems = f" of {known[-1]['problems']} problems" if "problems" in known[-1] else ""
-    return f"held out  {told}{problems} ({steps}; 95% intervals); best {best['accuracy']:.1%} (step {best['step']})"
+    return f"held out  {shares}{problems} ({steps}; 95% intervals); best {best['accuracy']:.1%} (step {best['step']})"
 
 
 def _interval(line: dict[str, float]) -> str:

@@ -1,1 +1,1 @@
-"""A workload's steps here and in TRL, in alternation: two processes, of which one works while the other waits."""
+"""A workload's steps here and in TRL, in alternation: two processes, one of which runs while the other waits."""

@@ -1,4 +1,4 @@
-"""What a run in alternation comes to: a table, ratios pair by pair, raw numbers, reward against time as a picture."""
+"""The report of an alternating run: a table, ratios pair by pair, raw numbers, reward against time as a picture."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What is wrong with a run? `python -m grpo_core.doctor RUN`
 
-`readlog` reads a run's log, `findings` are the causes that can be told from it, each with its evidence and its remedy.
+`readlog` reads a run's log, `findings` are the causes that it can show, each with its evidence and its remedy.
 Imports from `grpo_core`: config.
 """

@@ -1,7 +1,7 @@
 """What is wrong with this run? `python -m grpo_core.doctor RUN`
 
 Reads a run folder of GRPO or SFT (config.yaml, log.jsonl, completions.jsonl where there is one) and says in words what
-is wrong, causes before what they cause, with the numbers that say so and the flags to try. Reads only; needs no model.
+is wrong, causes before consequences, with the numbers that show it and the flags to try. Reads only; needs no model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sft_core.cli import run_ends, user_errors
 
 Symptom = Callable[[Run], Finding | None]
 
-# Causes before what they cause.
+# Causes before consequences.
 GRPO: tuple[Symptom, ...] = (
     *(symptoms.skipped_steps, symptoms.first_ratio, symptoms.sampler_gap),
     *(symptoms.everything_truncated, symptoms.format_never_earned, symptoms.never_rewarded, symptoms.dead_reward),
@@ -36,7 +36,7 @@ SFT: tuple[Symptom, ...] = (symptoms.skipped_steps, movement.sft_diverges, movem
 
 _UNREWARDED = ("everything_truncated", "format_never_earned", "never_rewarded")
 _BROKEN = ("skipped_steps", "first_ratio", "sampler_gap", "clipped", "lr_too_high")
-# A finding is told to follow from the first of these that was found too.
+# A finding is reported as a consequence of the first of these that was found, too.
 CAUSES: dict[str, tuple[str, ...]] = {
     "format_never_earned": ("everything_truncated",),
     "never_rewarded": ("everything_truncated", "format_never_earned"),
@@ -77,34 +77,34 @@ def findings(run: Run) -> list[Finding]:
 
 
 def notes(run: Run) -> list[str]:
-    """What is no illness, and often taken for one."""
+    """What is normal, but often taken for a fault."""
     lines = run.train
     if not lines:
         return ["No step has been logged: nothing can be told."]
-    told, last, steps = [], lines[-1]["step"], run.setting("max_steps") or 0
+    found, last, steps = [], lines[-1]["step"], run.setting("max_steps") or 0
     if len(lines) < LEAST_LINES:
-        told.append(
+        found.append(
             f"Too short to tell a trend: {len(lines)} log lines of the {LEAST_LINES} needed (--max_steps, --log_every)."
         )
     if last < steps:
-        told.append(f"The run stopped at step {last} of {steps}, or is still running.")
-    return told + (_grpo_notes(run) if run.grpo else [])
+        found.append(f"The run stopped at step {last} of {steps}, or is still running.")
+    return found + (_grpo_notes(run) if run.grpo else [])
 
 
 def _grpo_notes(run: Run) -> list[str]:
-    told = []
+    found = []
     if run.setting("mu") == 1 and not run.setting("beta"):
-        told.append(
+        found.append(
             "A loss near 0, or one that does not fall, is normal: with --mu 1 and --beta 0 the ratio is 1 and the "
             "loss's value is minus the tokens' mean advantage, whatever has been learned. Look at the reward."
         )
     if run.setting("mu") == 1 and not math.isnan(run.mean("ratio_max")):
-        told.append("A ratio of exactly 1 and nothing clipped is normal with --mu 1: each batch is learned once.")
+        found.append("A ratio of exactly 1 and nothing clipped is normal with --mu 1: one update per batch.")
     if run.setting("shuffle_rewards"):
-        told.append("--shuffle_rewards: a control experiment. Its reward is not meant to rise.")
+        found.append("--shuffle_rewards: a control experiment. Its reward is not meant to rise.")
     if run.last("accuracy") >= SOLVED and run.first("accuracy") < SOLVED:
-        told.append("The task is nearly solved; a harder one would teach more from here on.")
-    return told
+        found.append("The task is nearly solved; a harder one would teach more.")
+    return found
 
 
 def numbers(run: Run) -> dict[str, tuple[float, float]]:
@@ -114,7 +114,7 @@ def numbers(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def report(run: Run) -> str:
-    """For people, 100 columns wide."""
+    """The report as text, 100 columns wide."""
     found, lines = findings(run), [_title(run), ""]
     if not found:
         lines += ["Nothing wrong found." if run.train else "Nothing was found, for nothing was logged.", ""]
@@ -155,7 +155,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """For machines: the same as `report`; a number that is not finite is null."""
+    """The same as `report`, as JSON; a number that is not finite is null."""
     pairs = {name: [None if math.isnan(value) else value for value in pair] for name, pair in numbers(run).items()}
     return {
         "run": run.name,

@@ -1,4 +1,4 @@
-"""A finding, and from which number on something is one."""
+"""A finding, and the thresholds from which on something is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOLVED = 0.9  # accuracy; a group of 8 is then all right nearly every other time
 UNSOLVED = 0.15  # accuracy; more, and eight samples of a prompt are rarely all wrong
 NOTICED = 0.05  # share of completions with an answer; less is an accident, not a habit
 NO_LR = 1e-7  # AdamW moves a weight by about lr a step: a thousand steps would not show in a weight of 0.02
-SATURATED = 0.05  # of a reward's value, its spread: one completion in 400 differs
+SATURATED = 0.05  # of a reward's value, its standard deviation: one completion in 400 differs
 SKIPPED = 0.02  # share of the updates; a stray one is no illness
 RATIO_OFF = 1e-3  # of a ratio that is 1 by definition; float32 rounds at 1e-7
 GAP = {"float32": 1e-3, "": 2e-2}  # nats a token, mean; float32 rounds to 1e-6, bf16 (8 bits) to some 1e-2

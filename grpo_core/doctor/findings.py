@@ -1,7 +1,7 @@
-"""What can be broken, unrewarded or without a lesson, each as a function from a run's log to a `Finding` or None.
+"""What can be broken, unrewarded or impossible to learn, each as a function from a run's log to a `Finding` or None.
 
-A quantity is compared between the first and the last fifth of the log's lines, and a change is told in standard errors
-of the noise from line to line (`Change.z` in readlog.py).
+A quantity is compared between the first and the last fifth of the log's lines, and a change is measured in standard
+errors of the noise from line to line (`Change.z` in readlog.py).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def sampler_gap(run: Run) -> Finding | None:
     cause = f"{flags} cuts the sampler's distribution and not the learner's: leave it out" if cut else ""
     return Finding(
         "sampler_gap",
-        "Sampler and learner disagree: what is learned from was sampled from another distribution.",
+        "Sampler and learner disagree: the samples come from another distribution than the learner's.",
         f"sampler_gap_mean {gap:.3g} nats a token (rounding stays below {bound:g}), "
         f"sampler_gap_max up to {max(run.values('sampler_gap_max'), default=math.nan):.3g}",
         cause or "a bug (other weights, another temperature, a wrong mask), or rounding: try --precision float32",
@@ -82,7 +82,7 @@ def everything_truncated(run: Run) -> Finding | None:
     return Finding(
         "everything_truncated",
         "Completions do not end: the budget cuts them off.",
-        f"{run.told('truncated_share')}; the budget is {run.setting('max_completion_tokens')} tokens",
+        f"{run.trend('truncated_share')}; the budget is {run.setting('max_completion_tokens')} tokens",
         "raise --max_completion_tokens; a model that never ends by itself needs SFT first; a shorter --system_prompt "
         "format, or soft_overlong_reward_func among --rewards, asks for shorter answers",
     )
@@ -109,10 +109,10 @@ def never_rewarded(run: Run) -> Finding | None:
     answers = "" if math.isnan(share) else f"; an answer was found in {share:.0%} of the completions"
     why, advice = "", "an easier --task or --difficulty, SFT first, or a --rewards function that pays for parts"
     if any(value and value > 0 for value in constant.values()):
-        advice = "all is paid alike: a harder --task, or --rewards that tell one completion from another"
+        advice = "all rewards are equal: a harder --task, or --rewards that tell one completion from another"
     elif accuracy > 0:
         why = f"; yet by the rule of --prompt_format {run.setting('prompt_format')} {accuracy:.0%} are right"
-        advice = "these rewards look for another format than --prompt_format asks for: change one of the two"
+        advice = "these rewards read another format than --prompt_format asks for: change one of the two"
     return Finding(
         "never_rewarded",
         "Every completion gets the same reward: there is nothing to learn from.",
@@ -127,12 +127,12 @@ def dead_reward(run: Run) -> Finding | None:
         value, spread = run.mean(f"rewards/{name}"), run.mean(f"rewards_std/{name}")
         if run.only_value(name) is not None or 0 <= spread <= SATURATED * value:
             dead[name] = value
-    # Where all say nothing, the whole reward is at fault, and other findings say so.
+    # Where all functions are constant, the whole reward is at fault, and other findings say so.
     if len(dead) == len(run.functions) or not dead.keys() - PENALTIES:
         return None
     return Finding(
         "dead_reward",
-        "A reward function says the same of (nearly) every completion; it cancels out of the advantages.",
+        "A reward function gives (nearly) every completion the same value, so it cancels out of the advantages.",
         always({name: value for name, value in dead.items() if name not in PENALTIES}),
         "at 0: it never fires, look at completions.jsonl for what it misses; above: it is earned already, leave it out "
         "of --rewards",
@@ -148,7 +148,7 @@ def groups_alike(run: Run) -> Finding | None:
         return None
     accuracy = run.mean("accuracy")
     wasted = sum(run.values("zero_variance_tokens"))
-    evidence = f"{run.told('zero_variance_share')}, with {wasted:g} tokens; mean accuracy {accuracy:.0%}"
+    evidence = f"{run.trend('zero_variance_share')}, with {wasted:g} tokens; mean accuracy {accuracy:.0%}"
     more = "--dynamic_sampling 3 replaces such groups"
     if accuracy >= SOLVED:
         advice = f"a harder --task or --difficulty; {more}"
@@ -157,4 +157,4 @@ def groups_alike(run: Run) -> Finding | None:
         advice = f"an easier --task or --difficulty, SFT first, a larger --group_size; {more}"
         return Finding("too_hard", "The task is too hard: whole groups are wrong.", evidence, advice)
     advice = f"raise --temperature or --group_size; {more}"
-    return Finding("groups_alike", "The completions of a group earn alike.", evidence, advice)
+    return Finding("groups_alike", "The completions of a group get equal rewards.", evidence, advice)

@@ -29,7 +29,7 @@ from grpo_core.doctor.readlog import Change, Run
 
 
 def clipped(run: Run) -> Finding | None:
-    taught = 1 - run.mean("zero_variance_share")  # elsewhere nothing pulls, so nothing is clipped
+    taught = 1 - run.mean("zero_variance_share")  # elsewhere advantages are 0, so nothing is clipped
     share = (run.mean("clip_ratio_low") + run.mean("clip_ratio_high")) / taught if taught else 0.0
     level = run.setting("ratio_level") or LOSSES[run.setting("loss")].ratio_level
     if not share >= CLIPPED[level]:
@@ -40,14 +40,14 @@ def clipped(run: Run) -> Finding | None:
         f"{share:.0%} of the ratios clipped in groups that differ, ratios from "
         f"{min(run.values('ratio_min'), default=math.nan):.3g} to "
         f"{max(run.values('ratio_max'), default=math.nan):.3g}; --mu {run.setting('mu')}, --lr {run.setting('lr'):g}",
-        "lower --mu or --lr; each update but the first of a batch starts where the one before has gone",
+        "lower --mu or --lr; each update on a batch after the first starts where the previous one ended",
     )
 
 
 def lr_too_high(run: Run) -> Finding | None:
     reward, norm, entropy = run.change("reward_mean"), run.change("grad_norm"), run.change("entropy")
     fell = reward.fall >= FELL and reward.last < (reward.peak + min(reward.first, reward.peak)) / 2
-    signs = [run.told("reward_mean") + f", at best {reward.peak:.3g}"] if fell else []
+    signs = [run.trend("reward_mean") + f", at best {reward.peak:.3g}"] if fell else []
     if norm.peak >= EXPLODED * norm.first > 0:
         signs.append(f"gradient norm {norm.first:.3g} at first, up to {norm.peak:.3g}")
     if entropy.peak >= LOOSENED * entropy.first > 0:
@@ -58,18 +58,18 @@ def lr_too_high(run: Run) -> Finding | None:
         "lr_too_high",
         "The policy breaks: most often the learning rate is too high.",
         f"{'; '.join(signs)}; --lr {run.setting('lr'):g}",
-        "lower --lr to a third or a tenth; --warmup_ratio 0.1; --max_grad_norm 0.1; --beta 0.04, which holds it back",
+        "lower --lr to a third or a tenth; --warmup_ratio 0.1; --max_grad_norm 0.1; --beta 0.04",
     )
 
 
 def reward_flat(run: Run) -> Finding | None:
-    """The learning rate is too low, or there is nothing that the reward follows."""
+    """The learning rate is too low, or the rewards do not depend on anything that can be learned."""
     changes = [run.change("reward_mean"), run.change("accuracy"), run.heldout()]
     teaches = run.mean("grad_norm") > 0 and run.mean("zero_variance_share") < ALIKE
     if not abs(changes[0].z) < STILL or any(change.z >= STILL for change in changes) or not teaches:
         return None
     rates = run.values("learning_rate") or [math.nan]
-    evidence = f"{run.told('reward_mean')}, {abs(changes[0].z):.1f} standard errors; gradient norm "
+    evidence = f"{run.trend('reward_mean')}, {abs(changes[0].z):.1f} standard errors; gradient norm "
     evidence += f"{run.mean('grad_norm'):.3g}, learning rate {min(rates):g} to {max(rates):g}"
     if max(rates) <= NO_LR:
         advice = "raise --lr (1e-6 to 1e-5 for all weights of a trained model, ten times that with --lora)"
@@ -86,8 +86,8 @@ def kl_explodes(run: Run) -> Finding | None:
         return None
     return Finding(
         "kl_explodes",
-        "The policy has left its reference far behind.",
-        f"{run.told('kl')} nats a token; --beta {run.setting('beta'):g}",
+        "The policy has moved far away from its reference.",
+        f"{run.trend('kl')} nats a token; --beta {run.setting('beta'):g}",
         "raise --beta (DeepSeekMath: 0.04), lower --lr",
     )
 
@@ -98,8 +98,8 @@ def entropy_collapse(run: Run) -> Finding | None:
         return None
     return Finding(
         "entropy_collapse",
-        "The entropy has collapsed: the model writes one and the same, and finds nothing new.",
-        f"{run.told('entropy')} nats a token; {run.told('zero_variance_share')}",
+        "The entropy has collapsed: the model always writes the same, and explores nothing new.",
+        f"{run.trend('entropy')} nats a token; {run.trend('zero_variance_share')}",
         "lower --lr; --entropy_coef 0.001, --beta 0.04, a higher --temperature; with --mu above 1 --epsilon_high 0.28",
     )
 
@@ -115,7 +115,7 @@ def length_to_budget(run: Run) -> Finding | None:
     return Finding(
         "length_to_budget",
         "Completions grow until the budget cuts them off.",
-        f"{run.told('length_mean')} of {budget} tokens; {run.told('truncated_share')}",
+        f"{run.trend('length_mean')} of {budget} tokens; {run.trend('truncated_share')}",
         "find which of --rewards pays for length; add soft_overlong_reward_func; --mask_truncated; raise "
         "--max_completion_tokens if longer answers are better ones",
     )
@@ -129,9 +129,9 @@ def reward_hacking(run: Run) -> Finding | None:
     falls = "falls" if accuracy.z <= -STILL else "does not"
     return Finding(
         "reward_hacking",
-        f"The reward rises and accuracy {falls}: something else than right answers is paid for.",
-        f"{run.told('reward_mean')}; {run.told('accuracy')}; rising: {', '.join(rising) or 'none by itself'}",
-        "read the best paid of completions.jsonl; change or leave out that function, or give it less of "
+        f"The reward rises and accuracy {falls}: something other than right answers is rewarded.",
+        f"{run.trend('reward_mean')}; {run.trend('accuracy')}; rising: {', '.join(rising) or 'none by itself'}",
+        "read the best rewarded of completions.jsonl; change or leave out that function, or give it less of "
         "--reward_weights. Fine if the format is what you want learned first",
     )
 
@@ -144,7 +144,7 @@ def heldout_falls(run: Run) -> Finding | None:
         "heldout_falls",
         "Held-out accuracy falls while the training reward rises: the training problems are learned by heart.",
         f"held-out {heldout.first:.1%} at first, {heldout.peak:.1%} at best, {heldout.last:.1%} at last; "
-        f"{run.told('reward_mean')}",
+        f"{run.trend('reward_mean')}",
         "more training problems, fewer --max_steps, a lower --lr; --save_every with --eval_every keeps the best",
     )
 
@@ -160,8 +160,8 @@ def sft_diverges(run: Run) -> Finding | None:
         return None
     return Finding(
         "sft_diverges",
-        "The loss ends above what it has been: the learning rate is too high.",
-        f"{run.told('loss')}, at best {best:.3g}; --lr {run.setting('lr'):g}",
+        "The loss ends above its best value: the learning rate is too high.",
+        f"{run.trend('loss')}, at best {best:.3g}; --lr {run.setting('lr'):g}",
         "lower --lr to a third or a tenth; --warmup_ratio 0.1",
     )
 
@@ -173,6 +173,6 @@ def sft_loss_flat(run: Run) -> Finding | None:
     return Finding(
         "sft_loss_flat",
         "The loss does not fall.",
-        f"{run.told('loss')}, {abs(loss.z):.1f} standard errors; --lr {run.setting('lr'):g}",
+        f"{run.trend('loss')}, {abs(loss.z):.1f} standard errors; --lr {run.setting('lr'):g}",
         "raise --lr (SFT wants 10 to 100 times GRPO's), more --max_steps or --epochs",
     )

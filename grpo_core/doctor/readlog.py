@@ -52,12 +52,12 @@ class Change:
 
     @property
     def z(self) -> float:
-        """Last less first, in standard errors."""
+        """Last minus first, in standard errors."""
         return self._errors(self.last - self.first)
 
     @property
     def fall(self) -> float:
-        """Peak less last, in standard errors."""
+        """Peak minus last, in standard errors."""
         return self._errors(self.peak - self.last)
 
 
@@ -74,11 +74,11 @@ class Run:
 
     @property
     def grpo(self) -> bool:
-        """Else of SFT."""
+        """Whether it is a run of GRPO; else of SFT."""
         return "group_size" in self.config
 
     def setting(self, name: str) -> Any:
-        """The config's, else the default of GRPOConfig."""
+        """A setting from the config, else its default in GRPOConfig."""
         return self.config.get(name, getattr(GRPOConfig, name, None))
 
     def values(self, name: str) -> list[float]:
@@ -102,7 +102,7 @@ class Run:
     def change(self, name: str) -> Change:
         return Change.of(self.values(name))
 
-    def told(self, name: str) -> str:
+    def trend(self, name: str) -> str:
         """`reward_mean 0.31 (steps 1-8) -> 0.52 (steps 33-40)`."""
         first, last = (f"{lines[0]['step']}-{lines[-1]['step']}" for lines in (self.fifth(), self.fifth(last=True)))
         return f"{name} {self.first(name):.3g} (steps {first}) -> {self.last(name):.3g} (steps {last})"

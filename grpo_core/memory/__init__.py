@@ -1,5 +1,5 @@
 """What a GRPO step holds in memory.
 
-`forecast` says it from the shapes of a model alone, moment by moment, before a weight is read.
+`forecast` computes it from a model's shapes alone, moment by moment, before any weight is read.
 Imports from `grpo_core`: config.
 """

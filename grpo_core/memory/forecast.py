@@ -1,8 +1,8 @@
 """What a GRPO step holds in memory, from the shapes of its model alone.
 
-What a step needs does not exist all at once: the sampler's twin is gone before there are gradients, and activations are
-used up as gradients appear. So the step is taken moment by moment, each with the items that exist in it, and the peak
-is the largest moment, not the sum of all items.
+Not everything exists at the same time: the sampler's half-precision copy is freed before there are gradients, and
+activations are freed as gradients appear. So the forecast lists the items of each moment of a step, and the peak is the
+largest moment, not the sum of all items.
 
     item                    bytes, and in which moments
     process                 Python, torch and the tokenizer; on a GPU its context. Always
@@ -81,14 +81,14 @@ class Plan:
         return sum(self.moments[self.worst].values())
 
     def line(self) -> str:
-        """For people, before a run."""
+        """The forecast in one line, printed before a run."""
         items = ", ".join(f"{name} {size / GB:.1f}" for name, size in self.items.items() if size >= 0.05 * GB)
         return f"memory: about {self.peak / GB:.1f} GB at its peak, in {self.worst} ({items or 'the process'})"
 
 
 def forecast(config: GRPOConfig, source: Source | None) -> str:
-    """The line that a run prints before it loads a model. A forecast is a courtesy: where a model's shape is not one
-    that is understood here, it says so, and the run goes on."""
+    """The line that a run prints before it loads a model. For a model whose shape is
+    not understood here, it says so, and the run continues."""
     try:
         device = pick_device(config.device)
         half = pick_precision(config.precision, device).autocast_dtype is not None
@@ -143,7 +143,7 @@ def micro_batches(config: GRPOConfig, shapes: Shapes, lengths: Lengths) -> list[
 
 
 def standing(config: GRPOConfig, shapes: Shapes, half: bool, kind: str) -> Items:
-    """What is there in every moment."""
+    """What is held in every moment."""
     trained, base = sum(shapes.trained), shapes.base
     matrices = shapes.layers * shapes.layer + (0 if shapes.tied else shapes.head)
     items = {"process": PROCESS.get(kind, 0.0), "weights": SINGLE * (base + shapes.adapter)}
@@ -177,7 +177,7 @@ def moments_are_elsewhere(config: GRPOConfig, kind: str) -> bool:
 
 
 def sampling(config: GRPOConfig, shapes: Shapes, half: bool, rows: int, prompts: int, lengths: Lengths) -> Items:
-    """Beside what is always there, while `rows` completions of `prompts` prompts are drawn."""
+    """What is held in addition while `rows` completions of `prompts` prompts are sampled."""
     matrices = shapes.layers * shapes.layer + shapes.head
     if shapes.adapter:  # all but the adapter and a tied head are in half precision, or packed, in any case
         matrices = shapes.adapter + (shapes.head if shapes.tied else 0)

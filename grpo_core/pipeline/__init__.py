@@ -1,5 +1,5 @@
 """Evaluation, SFT and GRPO in one command: `python -m grpo_core.pipeline --mode all`
 
-`stageflags` shares a command line out among the stages, `stages` lines them up.
+`stageflags` distributes a command line's flags among the stages, `stages` makes their settings of it.
 Imports from `grpo_core`: everything; nothing imports from it.
 """

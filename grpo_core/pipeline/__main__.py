@@ -8,7 +8,7 @@ zero-shot/, sft/, sft-eval/, grpo/, grpo-eval/     a run folder each, as the sta
 summary.json, summary.md                  the evaluations' figures by stage, side by side as they are printed at the end
 
 Everything is checked before the first stage starts: tasks, prompts, rewards, budgets, with the start's configuration
-and tokenizer in the place of a model that an earlier stage has yet to write. What flags mean: `stageflags`.
+and tokenizer in place of a model that an earlier stage has yet to write. What flags mean: `stageflags`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from sft_core.errors import Refused
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import not_saved, write_text, write_whole
-from sft_core.run.told import UNTOUCHED
+from sft_core.run.plan_lines import UNTOUCHED
 
 PREPARE: dict[str, Any] = {
     "sft": sft_core.job.prepare,
@@ -89,7 +89,7 @@ class Pipeline:
         settings, folder = self.settings, self.settings.folder
         with not_saved(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if settings.overwrite:  # all of them: one that is begun anew must not be followed by an older one
+        if settings.overwrite:  # all of them: a stage that starts again must not be followed by an older one
             for name in ("start", *every_stage_name()):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in SUMMARIES:
@@ -136,7 +136,7 @@ class Pipeline:
         print(f"\nall stages are finished: {settings.folder}")
 
     def _gains(self, names: Sequence[str]) -> Iterator[str]:
-        """Each evaluation beside the one before it, problem by problem."""
+        """Each evaluation compared with the previous one, problem by problem."""
         answers = {name: read_answers(self.settings.folder / name / "answers.jsonl") for name in names}
         for before, after in zip(names, names[1:], strict=False):
             yield f"- {before} to {after}: {verdict(paired(answers[before], answers[after]))}"
@@ -162,7 +162,7 @@ def configured(settings: Settings, stage: Stage) -> Any:
     config, run = settings.configs[stage.name], settings.folder / stage.name
     if stage == settings.starter and config.model == "tiny":
         config = replace(config, model=settings.start.model)
-    if stage.kind == "eval":  # a few minutes, and begun anew where it was interrupted
+    if stage.kind == "eval":  # a few minutes, and started again after an interruption
         config = replace(config, output_dir=str(run), overwrite=settings.overwrite or settings.resume)
     else:
         resume = NEWEST if settings.resume else None
@@ -172,7 +172,7 @@ def configured(settings: Settings, stage: Stage) -> Any:
 
 
 def finished(settings: Settings, stage: Stage) -> bool:
-    """Whether there is nothing left to do in this stage of a pipeline that is gone on with."""
+    """Whether this stage of a resumed pipeline is complete."""
     run = settings.folder / stage.name
     if not settings.resume:
         return False

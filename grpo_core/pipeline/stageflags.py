@@ -7,7 +7,7 @@
     --mode all      an evaluation, SFT, an evaluation, GRPO, an evaluation (without SFT where the preset has none)
 
 A plain flag goes to every stage that has it: --max_samples 100, --task FILE. A stage's name and a dot before it send it
-to that stage only, and override the plain flag: --sft.lr 1e-4 --grpo.lr 1e-6 --eval.batch_size 64 --sft.config FILE.
+to that stage only, where it overrides the plain one: --sft.lr 1e-4 --grpo.lr 1e-6 --sft.config FILE.
 Flags that differ from stage to stage (--lr, --epochs, --max_steps, --batch_size ...) need the stage's name where
 several stages have them. --config FILE holds the same settings as lines: `max_samples: 100`, `sft.lr: 1e-4`.
 

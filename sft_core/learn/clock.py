@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 
 def bar_seconds() -> float:
-    """Between two drawings of a progress bar; in a file, where none is drawn over another, they are to be few."""
+    """Seconds between two drawings of a progress bar; long in a file, where each drawing is a new line."""
     return 0.1 if sys.stderr.isatty() else 10.0
 
 
 def step_bar(name: str, done: int, steps: int, shown: bool) -> tqdm[int]:
-    """The steps from `done` + 1 to `steps`, under a progress bar where it is to be shown."""
+    """The steps from `done` + 1 to `steps`, under a progress bar if it is to be shown."""
     return tqdm(
         range(done + 1, steps + 1),
         name,
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was asked to do."""
+    """Seconds on a clock, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels run behind Python's back
     return time.perf_counter()

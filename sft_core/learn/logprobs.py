@@ -3,7 +3,7 @@
 A group of G completions of one prompt as G rows would compute the prompt G times. Packed, it is one row; here G = 2:
 
     ids         q  q  q  a  b  e  c  e            a b e and c e answer q q q
-    position    0  1  2  3  4  5  3  4            each completion continues behind the prompt
+    position    0  1  2  3  4  5  3  4            each completion continues after the prompt
     attention   1  .  .  .  .  .  .  .
                 1  1  .  .  .  .  .  .
                 1  1  1  .  .  .  .  .
@@ -67,7 +67,7 @@ class Packed:
 
 
 def pack(rows: Rows, share_prompts: bool) -> Packed:
-    """Lay out a micro-batch. Completions share a prompt where consecutive rows have the same one."""
+    """Lay out a micro-batch. Consecutive rows with the same prompt share it."""
     groups: list[tuple[list[int], list[list[int]]]] = []
     for prompt, completion in zip(rows.prompt_ids(), rows.completion_ids(), strict=True):
         if share_prompts and groups and groups[-1][0] == prompt:
@@ -94,7 +94,7 @@ def pack(rows: Rows, share_prompts: bool) -> Packed:
 
 
 def _attention(segment_RL: Tensor) -> Tensor:
-    """Causal, and to the prompt and the own completion only; padding sees itself, so that no softmax is empty."""
+    """Causal, within the prompt and the token's own completion; padding sees itself, so that no softmax is empty."""
     query, key = segment_RL[:, :, None], segment_RL[:, None, :]
     causal = torch.ones(segment_RL.shape[1], segment_RL.shape[1], dtype=torch.bool).tril()
     return (causal & ((key == 0) | (key == query)))[:, None]
@@ -108,8 +108,8 @@ def _scores(
     temperature: float,
     entropy: Entropy,
 ) -> tuple[Tensor, Tensor]:
-    """logp_M and entropy_M, some tokens at a time. What is kept for the backward pass is hidden_MD alone: the logits of
-    a chunk, V numbers a token, are computed again there, and those of all tokens never exist together."""
+    """logp_M and entropy_M, some tokens at a time. Only hidden_MD is kept for the backward pass: there the logits of a
+    chunk, V numbers per token, are recomputed, and those of all tokens never exist at the same time."""
 
     def of_chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         with policy.precision.autocast():

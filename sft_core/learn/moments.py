@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an optimizer: AdamW's moments, the schedule, the loss scaler, what was counted."""
+"""What a checkpoint holds of an optimizer: AdamW's moments, the schedule, the loss scaler, the counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Saved:
     skipped_in_a_row: int
 
     def numbers(self) -> dict[str, Any]:
-        """All but the moments: the schedule, the scaler, what was counted."""
+        """Everything but the moments: the schedule, the scaler, the counters."""
         counted = {"skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "micro_batch": self.micro_batch}
         return {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), **counted}
 
@@ -35,7 +35,7 @@ class Saved:
         return {f"{i}.{name}": value for i, state in states for name, value in state.items()}
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Go back to where `numbers` and `tensors` were taken, with the moments wherever this one keeps them."""
+        """Go back to where `numbers` and `tensors` were taken, the moments wherever this optimizer keeps them."""
         self.schedule.load_state_dict(numbers["schedule"])
         for group, lr in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -49,7 +49,7 @@ class Saved:
                     self.offloaded.put(i, tensors[f"{i}.step"], *moments)
                 else:
                     mean, square = (moment.to(parameter.device).view_as(parameter) for moment in moments)
-                    # The count is where AdamW had it: fused on a GPU, on the GPU.
+                    # The count stays on AdamW's device: with the fused version on a GPU, the GPU.
                     step = tensors[f"{i}.step"].clone().to(parameter.device)
                     self.adamw.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
 

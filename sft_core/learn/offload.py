@@ -1,8 +1,8 @@
-"""AdamW's two moments kept elsewhere between steps: eight bytes a weight that only the update itself looks at.
+"""AdamW's two moments kept elsewhere between steps: eight bytes per weight that only the update itself needs.
 
-On CUDA `cpu` keeps them in main memory; a folder keeps them on disk, as memory-mapped files that the system may hold in
-memory or not, as it has room. AdamW works on each weight by itself, so a step can go through the weights a piece at a
-time: the piece's moments come, are used and go again, and each gradient is given up as soon as it has been used. The
+On CUDA `cpu` keeps them in main memory; a folder keeps them on disk, as memory-mapped files that the system keeps in
+memory while it has room. AdamW treats each weight separately, so a step can go through the weights a piece at a time:
+the piece's moments are loaded, used and written back, and each gradient is freed as soon as it has been used. The
 arithmetic is AdamW's own.
 """
 
@@ -21,13 +21,13 @@ from torch.nn import Parameter
 
 from sft_core.errors import Refused
 
-PIECE = 2**24  # weights whose moments are there at once: 128 MB of float32
+PIECE = 2**24  # weights whose moments are loaded at once: 128 MB of float32
 
 
 class OffloadedAdamW:
     """The steps of an AdamW whose moments live in main memory or in a file below a folder.
 
-    The file has no name, so that it goes with the process, however that ends.
+    The file has no name, so that it disappears with the process, however that ends.
 
     Raises:
         Refused: the folder's disk has no room for the moments, or cannot be written to.
@@ -66,7 +66,7 @@ class OffloadedAdamW:
                 group["params"] = [parameter for parameter, its in group_of.items() if its is group]
 
     def _step_piece(self, group: dict[str, Any], number: int, piece: int, weight: Tensor, gradient: Tensor) -> None:
-        """Show AdamW one piece of a parameter as if it were all there is."""
+        """Give AdamW one piece of a parameter as if it were the whole."""
         part = Parameter(weight)
         part.grad = gradient
         away = self._away(number, piece, part)
@@ -100,7 +100,7 @@ class OffloadedAdamW:
         return found
 
     def put(self, number: int, updates: Tensor, mean: Tensor, square: Tensor) -> None:
-        """Take over a parameter's moments, which are flat."""
+        """Set a parameter's moments, given as flat tensors."""
         self.updates[number].copy_(updates)
         parts = (mean.split(PIECE), square.split(PIECE), self.parameters[number].detach().view(-1).split(PIECE))
         for piece, (*moments, part) in enumerate(zip(*parts, strict=True)):
@@ -120,8 +120,8 @@ def _whole_pages(length: int) -> int:
 
 
 def _file_of_zeros(where: str, length: int) -> int:
-    """The descriptor of a nameless file of this length. Its room is taken at once: a full disk that is found later is a
-    bus error."""
+    """The descriptor of a nameless file of this length. Its space is allocated at once: a disk that turns out full
+    later is a bus error."""
     try:
         with tempfile.TemporaryFile(dir=where) as named:
             file = os.dup(named.fileno())
@@ -136,7 +136,7 @@ def _file_of_zeros(where: str, length: int) -> int:
 
 
 def _mapped(file: int, offset: int, size: int, dtype: torch.dtype) -> Tensor:
-    """So many numbers of a file as a tensor."""
+    """The file's numbers as a tensor."""
     # Its pages all at once: faulting them in one by one took longer than the update.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return torch.frombuffer(mmap.mmap(file, size * dtype.itemsize, flags=flags, offset=offset), dtype=dtype)

@@ -1,5 +1,5 @@
-"""The optimizer: gradients summed over micro-batches, AdamW over float32 masters, its learning-rate schedule, one step
-under a GradScaler. Memory that runs out and gradients that are not finite: `recovery`. Checkpoints: `moments`."""
+"""The optimizer: gradients summed over micro-batches, AdamW over float32 masters, the learning-rate schedule, the fp16
+loss scaler. Memory that runs out and gradients that are not finite: `recovery`. Checkpoints: `moments`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Learned = TypeVar("Learned")
 
 
 class Optimizer(Recovery, Saved):
-    """What `loss.backward()` leaves in `.grad`, turned into a step. `lr` is the rate that the next step will use."""
+    """Turns what `loss.backward()` leaves in `.grad` into a step. `lr` is the rate that the next step will use."""
 
     def __init__(self, policy: Policy, config: OptimConfig, total_steps: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Optimizer(Recovery, Saved):
         self.schedule = get_scheduler(name, self.adamw, warmup_steps, total_steps)
         self.scaler = policy.precision.grad_scaler()
         self.initial_scale = self.scaler.get_scale()
-        self.loss = torch.zeros(())  # of the present pass
+        self.loss = torch.zeros(())  # of the current pass
         self.passes = 0  # calls of `clip_and_step`: until it grows, weights and moments are what they were
 
     @property
@@ -68,7 +68,7 @@ class Optimizer(Recovery, Saved):
         weights nor schedule.
 
         Returns:
-            The gradient's norm before clipping, and whether the same batch is to be learned again (fp16 only).
+            The gradient's norm before clipping, and whether the same batch is to be repeated (fp16 only).
         """
         self.passes += 1
         scale = self.scaler.get_scale()

@@ -21,19 +21,19 @@ class Recovery:
     parameters: list[torch.nn.Parameter]
     adamw: torch.optim.AdamW
     scaler: torch.amp.GradScaler
-    loss: torch.Tensor  # of the present pass
+    loss: torch.Tensor  # of the current pass
     micro_batch: int
     max_skipped: int
     initial_scale: float
-    learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the present pass
+    learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the current pass
     skipped = skipped_in_a_row = 0
 
     def __init__(self) -> None:
         self.skipped_rows: list[int] = []  # those at fault since the list was last emptied
 
     def _until_it_fits(self, run: Callable[[], list[Learned]], rows: Rows) -> list[Learned]:
-        """Call `run`, with micro-batches half as large each time memory runs out. A backward pass that broke off may
-        have left part of its gradient, so all rows are begun again: the sum is the same however they are cut."""
+        """Call `run`, with micro-batches half as large each time memory runs out. A backward pass that failed may
+        have left part of its gradient, so all rows are repeated: the sum is the same however they are cut."""
         while True:
             try:
                 return run()
@@ -47,11 +47,11 @@ class Recovery:
             tqdm.write(f"out of memory: from here on {self.micro_batch} rows at a time; the gradient is the same")
 
     def _count(self, finite: bool, scale: float) -> bool:
-        """Count a step that was skipped because its loss or gradient is not finite; whether to learn its batch again.
+        """Count a step that was skipped because its loss or gradient is not finite; return whether to repeat it.
 
-        An overflow under fp16 is not the batch's fault: the scaler halves its factor and the same batch is learned
-        again, down to factor 1. What is still not finite then, or ever under bf16 and float32, is skipped: the same
-        batch would end the same way. Its rows are then learned one by one, to find those at fault.
+        An overflow under fp16 is not the batch's fault: the scaler halves its factor and the same batch is
+        repeated, down to factor 1. What is still not finite then, or ever under bf16 and float32, is skipped: the same
+        batch would fail again. Its rows are then passed one by one, to find those at fault.
         """
         again = not finite and 1 <= self.scaler.get_scale() < scale
         if finite:
@@ -65,8 +65,8 @@ class Recovery:
         return again
 
     def _rows_at_fault(self, scale: float) -> list[int]:
-        """The rows whose loss or gradient is not finite even where each is learned by itself, at this factor: in one
-        pass with others, a row's NaN may be found in its neighbours' gradient too."""
+        """The rows whose loss or gradient is not finite even when each is passed by itself, at this factor: in one
+        pass with others, a row's NaN can spread to its neighbours' gradients."""
         if not self.learned:
             return []
         (rows, learn), found = self.learned, []
@@ -86,7 +86,7 @@ class Recovery:
         self.loss = torch.zeros(())
 
     def stop_if_lost(self, step: int, hint: str) -> None:
-        """`hint`: where a person finds the rows at fault in this step.
+        """`hint`: where to find the rows at fault in this step.
 
         Raises:
             FloatingPointError: --max_skipped steps in a row were skipped: the weights, not the batch, are at fault.
@@ -101,5 +101,5 @@ class Recovery:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator, CUDA's or the CPU's, could not give what was asked of it."""
+    """Whether an allocator, CUDA's or the CPU's, ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""Token rows: prompts padded on the left, completions padded on the right, and nothing but lengths to tell them apart.
+"""Token rows: prompts padded on the left, completions on the right, and only lengths to tell padding from tokens.
 
 The shape legend of the whole project. A tensor's name ends in its shape:
 
@@ -75,15 +75,15 @@ class Rows:
         return replace(self, completion_len_N=torch.where(left_out_N, 0, self.completion_len_N))
 
     def cut(self, start: int, stop: int) -> Rows:
-        """Rows start..stop, cut to their own longest prompt and completion: a micro-batch pays for no other's
-        padding."""
+        """Rows start to stop - 1, cut to their own longest prompt and completion, so that a micro-batch computes no
+        padding of longer rows."""
         prompt_len_N, completion_len_N = self.prompt_len_N[start:stop], self.completion_len_N[start:stop]
         width, T = int(prompt_len_N.max()), max(1, int(completion_len_N.max()))
         ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
         return Rows(ids_NL, prompt_len_N, completion_len_N, width)
 
     def micro_batches(self, size: int) -> Iterator[tuple[slice, Rows]]:
-        """Cut into micro-batches of at most `size` rows; the last may be smaller (sizes need not divide)."""
+        """Cut into micro-batches of at most `size` rows; the last may be smaller (`size` need not divide N)."""
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
             yield slice(start, stop), self.cut(start, stop)

@@ -1,4 +1,4 @@
-"""Log-probabilities of rows too many for one pass, without gradient: the reference's, and the policy's entropies."""
+"""Log-probabilities without gradient, in micro-batches: the reference's, and the policy's entropies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sft_core.model.policy import Policy
 def scored(
     policy: Policy, rows: Rows, temperature: float, micro_batch: int, entropy: Literal["none", "value"]
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` of rows too many for one pass, a micro-batch at a time, without gradient. Where something is not
+    """`token_logprobs` without gradient, one micro-batch at a time. Where something is not
     finite, each row is scored by itself: a bad row must not spoil those that share its prompt."""
     logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
     entropy_NT = torch.zeros_like(logp_NT)

@@ -1,7 +1,7 @@
 """What becomes of a CPU's freed memory (glibc, so Linux; elsewhere these functions do nothing).
 
-glibc gives large blocks back to the system as soon as they are freed. The next layer asks for the like again, and the
-system hands it out zeroed and a page of 4 KB at a time: a quarter of a training step went there.
+glibc gives large blocks back to the system as soon as they are freed. The next layer asks for as much again, and
+the system hands it out zeroed, in pages of 4 KB: this took a quarter of a training step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A causal language model in two parts, so that only the tokens that are scored pay for the output head."""
+"""A causal language model in two parts, so that the output head is computed for scored tokens only."""
 
 from __future__ import annotations
 

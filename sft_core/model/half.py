@@ -1,8 +1,8 @@
-"""Half-precision copies of the matrices, for models that only look: the sampler, the reference, LoRA's frozen base.
+"""Half-precision copies of the matrices, for models without gradient: sampler, reference, LoRA's frozen base.
 
-Autocast casts a float32 matrix to half precision wherever it is used; without a gradient it does so anew for each token
-that is decoded. Cast once, the products are the very same numbers. Everything else (embeddings, norms, the residual
-stream) stays what it is, and shared: a twin costs two bytes for each weight of a matrix, and no more.
+Autocast casts a float32 matrix to half precision wherever it is used; without a gradient, again for each token that
+is decoded. Cast once, the products are exactly the same numbers. Everything else (embeddings, norms, the residual
+stream) stays as it is, and shared: a twin costs two bytes for each weight of a matrix, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def halve(model: Any, dtype: torch.dtype, tied: bool = False, trained: bool = Tr
 
 @contextmanager
 def half_twin(model: Any, dtype: torch.dtype | None) -> Iterator[Any]:
-    """The model as a sampler wants it: its twin in this half precision, or the model itself where that is None.
+    """The model for a sampler: its twin in this half precision, or the model itself where that is None.
 
-    The twin is made from the present weights and thrown away afterwards: while completions are sampled there are no
+    The twin is made from the current weights and thrown away afterwards: while completions are sampled there are no
     gradients, and their memory is more than the twin takes.
     """
     if dtype is None:

@@ -23,7 +23,7 @@ from sft_core.model.half import halve
 from sft_core.model.source import Source, find_source
 from sft_core.precision import Precision, pick_device, pick_precision
 
-# peft 0.21 asks transformers 5 for an attribute by its old name, which is no concern of the person who trains.
+# peft 0.21 asks transformers 5 for an attribute by its old name; the warning would not help whoever trains.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
@@ -52,7 +52,7 @@ class Policy:
 
     @property
     def logp_dtype(self) -> torch.dtype:
-        """That of log-probabilities and everything computed from them: float32, or float64 for a float64 model."""
+        """Of log-probabilities and everything computed from them: float32, or float64 for a float64 model."""
         return torch.promote_types(self.model.dtype, torch.float32)
 
     @property
@@ -62,7 +62,7 @@ class Policy:
 
     @property
     def half_dtype(self) -> torch.dtype | None:
-        """That of the matrices that sampler and reference copy, where they do."""
+        """Of the matrices that sampler and reference copy; None: they copy none."""
         return self.precision.autocast_dtype if self.half_copies else None
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -77,7 +77,7 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Take the weights that `save` has written, into the tensors that are there.
+        """Load the weights that `save` wrote, into the existing tensors.
 
         Raises:
             ValueError: they cannot be read, or are those of another model.
@@ -103,7 +103,7 @@ def load_tokenizer(source: Source | None) -> Any:
     """The tokenizer of a source (None: the built-in model's), in any case with a chat template.
 
     Raises:
-        ValueError: its files cannot be read; nothing ends a sequence.
+        ValueError: its files cannot be read, or there is no end-of-sequence token.
     """
     if source is None:
         return tiny.build_tokenizer()
@@ -220,13 +220,13 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
 
 
 def _whole_model(name: str, **options: Any) -> Any:
-    """A model from safetensors that hold all of its tensors; tensors that it has no place for are named.
+    """A model from safetensors that hold all of its tensors; superfluous tensors are named on stderr.
 
     Raises:
-        ValueError: a tensor is lacking.
+        ValueError: a tensor is missing.
     """
     before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a table of what was found, which goes on in either case
+    transformers.logging.set_verbosity_error()  # its table of missing tensors is replaced by an error below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
@@ -248,8 +248,7 @@ def _adapter_names(model: Any) -> set[str]:
 
 
 def _refuse_lacking(names: Collection[str]) -> None:
-    """Tensors that weights do not hold are filled at random by the libraries, which only warn. (Tied ones are not
-    lacking.)
+    """The libraries fill missing tensors at random, and only warn. (Tied ones are not missing.)
 
     Raises:
         ValueError: there are some.
@@ -265,7 +264,7 @@ def _some(names: Collection[str]) -> str:
 
 def without_dropout(model: Any) -> None:
     """Turn off every dropout for good. In GRPO the sampler (eval mode) and the learner (train mode, which gradient
-    checkpointing needs) must be one and the same distribution, or the ratio does not start at 1."""
+    checkpointing needs) must be the same distribution, or the ratio does not start at 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

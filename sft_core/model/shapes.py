@@ -40,7 +40,7 @@ class Shapes:
     gated: bool  # the MLP multiplies two projections (SwiGLU)
     rms: bool  # norms are RMSNorm, written out in Python: autograd keeps two tensors of each, of LayerNorm one
     head_norms: bool  # queries and keys are normalised too (Qwen3)
-    packs: bool  # completions can share a prompt's row
+    packs: bool  # completions can share their prompt's row
 
     @property
     def embedding_trained(self) -> bool:

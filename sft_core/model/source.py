@@ -1,6 +1,6 @@
-"""Where a policy comes from: all that can be found out, and refused, before any weight is read.
+"""Where a policy comes from: everything that can be checked, and refused, before any weight is read.
 
-What lies in a model's folder was written by somebody else. Weights are read from safetensors files only, everything
+A model's folder was written by somebody else. Weights are read from safetensors files only, everything
 else is JSON, text or a template in a sandbox; no pickle is opened, and no code that comes with a model is run.
 """
 
@@ -25,7 +25,7 @@ from sft_core.model import tiny
 
 @dataclass(frozen=True)
 class Source:
-    """Where a policy's weights come from and what its config.json says: found out before any weight is read."""
+    """Where a policy's weights come from and what its config.json says; known before any weight is read."""
 
     base: str
     adapter: str | None
@@ -39,8 +39,8 @@ class Source:
 
 
 @contextmanager
-def no_retries_told() -> Iterator[None]:
-    """A hub that cannot be reached is one line of ours in the end, not two of its library's for each attempt."""
+def no_retry_messages() -> Iterator[None]:
+    """Silence the hub library's two lines for each failed attempt: this project prints one line in the end."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
@@ -78,7 +78,7 @@ def find_source(config: ModelConfig) -> Source:
             base = _base_of(description, described)
         _check_weights(f"the adapter {adapter}", Path(adapter), ["adapter_model.safetensors"])
     try:
-        with no_retries_told():
+        with no_retry_messages():
             values, _ = PreTrainedConfig.get_config_dict(base)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")[:160]
@@ -103,7 +103,7 @@ def find_source(config: ModelConfig) -> Source:
 
 
 def _generation_config(base: str) -> GenerationConfig:
-    """The one that the model ships; many ship none."""
+    """The model's own, if it has one."""
     if (Path(base) / "generation_config.json").exists():
         with refused(f"--model {base}: its generation_config.json"):
             return GenerationConfig.from_pretrained(base)
@@ -130,7 +130,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _check_weights(owner: str, folder: Path, names: list[str]) -> None:
-    """Files that are there, in the folder itself, and by their headers whole safetensors."""
+    """Refuse files that are missing, outside the folder, or not whole safetensors by their headers."""
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{owner}: its index names {name[:80]!r}; only *.safetensors beside it are read")
@@ -156,7 +156,7 @@ def is_a_path(name: str) -> bool:
 
 
 def stages_in(folder: Path) -> str:
-    """The end of an error of which the reason can be that a folder is a pipeline's: the run folders in it."""
+    """A hint for an error message, where the folder is a pipeline's: the run folders in it."""
     if not (folder / "pipeline.yaml").is_file():
         return ""
     return (

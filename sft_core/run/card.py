@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights, in which a run says of its model what it has measured, and no more.
+"""The model card: the README.md beside the weights, with what the run has measured and nothing else.
 
 Every number comes from the run's own files, config.yaml, provenance.json and log.jsonl; what they do not hold is left
 out.
@@ -90,7 +90,7 @@ def _facts(settings: dict[str, Any], log: list[dict[str, Any]]) -> str:
         pairs = zip(settings["rewards"], weights, strict=True)
         rows["rewards"] = ", ".join(f"`{reward}` x {weight:g}" for reward, weight in pairs)
         if settings.get("shuffle_rewards"):
-            rows["rewards"] += ", dealt out at random: a control experiment"
+            rows["rewards"] += ", shuffled at random: a control experiment"
         if steps and steps[-1].get("reward_mean") is not None:
             rows["mean reward of the last step"] = f"{steps[-1]['reward_mean']:.3f}"
     return markdown([["", ""], *([name, str(value)] for name, value in rows.items())])
@@ -134,7 +134,7 @@ def _results(name: str, settings: dict[str, Any], log: list[dict[str, Any]]) -> 
 
 
 def _usage(name: str, settings: dict[str, Any]) -> str:
-    """Code that asks the model as it was asked in training."""
+    """Code that prompts the model as in training."""
     fields = [field.name for field in dataclasses.fields(PromptConfig)]
     prompt = PromptConfig(**{field: settings[field] for field in fields if field in settings})
     messages = (

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or absent, and what is in them that the model's own files do not hold.
+"""Checkpoints: folders that are whole or absent, with the model and the training's state.
 
 checkpoints/step-000100/
     config.json, model.safetensors, ...    the model or the adapter, as any other program opens it
@@ -6,9 +6,9 @@ checkpoints/step-000100/
     training/state.json                    numbers: the step, the data's position, the schedule, the sizes of the logs
     manifest.json                          every file's size and SHA-256
 
-Nothing here is a pickle, so no file of a checkpoint can run code. A folder is written beside its place, forced to the
-disk and renamed: a kill, a full disk or a power cut leaves it whole or leaves it absent. What happens to a file later
-is found by the manifest.
+Nothing here is a pickle, so no file of a checkpoint can run code. A folder is written under another name, synced to
+the disk and renamed: after a kill, a full disk or a power cut it is whole or absent. The manifest shows what happened
+to a file later.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NotSaved(Exception):
 
 @contextmanager
 def not_saved(path: Path) -> Iterator[None]:
-    """Name the file that the disk did not take."""
+    """Turn an error of the disk into one that names the file."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def not_saved(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file; it is whole or as it was before.
+    """Write a small file; afterwards it is complete, or as it was before.
 
     Raises:
         NotSaved: the disk is full, or gone.
@@ -81,10 +81,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a folder beside `folder`, then put it in its place, from where an older one is removed.
+    """Let `write` fill a temporary folder, then rename it to `folder`, replacing an older one.
 
     Raises:
-        NotSaved: the disk is full, or gone. Nothing is left beside, and an older `folder` stays.
+        NotSaved: the disk is full, or gone. No temporary folder is left, and an older `folder` stays.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -124,7 +124,7 @@ def to_disk(path: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that it is no longer found; one that was set aside before under this name goes."""
+    """Rename a checkpoint so that it is no longer found; replaces one set aside earlier under this name."""
     aside = folder.with_name(folder.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     return folder.rename(aside)
@@ -171,7 +171,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a finished checkpoint by its name, neither left unfinished nor set aside."""
+    """Whether the name is a finished checkpoint's, neither unfinished nor set aside."""
     return re.fullmatch(r"step-\d{6,}", path.name) is not None
 
 
@@ -184,7 +184,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are named and set aside. None: there is none."""
+    """The newest undamaged checkpoint; damaged ones are named and set aside. None: there is none."""
     for folder in reversed(checkpoints(run)):
         try:
             verify(folder)
@@ -196,7 +196,7 @@ def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, 0 keeps all, and what a kill has left unfinished."""
+    """Delete all but the newest `keep` checkpoints (0: keep all), and unfinished ones that a kill has left."""
     left = (run / "checkpoints").glob("*" + UNFINISHED)
     for folder in [*left, *(checkpoints(run)[:-keep] if keep else [])]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -206,7 +206,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state: dicts with keys of text, and in them tensors or whatever JSON holds."""
+    """Write a state: nested dicts with text keys, of tensors and whatever JSON holds."""
     tensors: dict[str, Tensor] = {}
 
     def numbers(value: Any, name: str) -> Any:
@@ -252,10 +252,10 @@ def load_numbers(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Name the file that is no JSON or safetensors.
+    """Turn an error of reading into one that names the file.
 
     Raises:
-        Refused: that it is not.
+        Refused: it is not JSON, or not safetensors.
     """
     try:
         yield
@@ -267,7 +267,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Where every random generator of the process stands: PyTorch's on each device, Python's, NumPy's."""
+    """The state of every random generator of the process: PyTorch's on each device, Python's, NumPy's."""
     version, words, gauss = random.getstate()
     name, keys, *place = numpy.random.get_state()
     return {
@@ -280,7 +280,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators where `random_state` found them; those of devices that are not here are left out."""
+    """Restore what `random_state` returned; devices that are not present are left out."""
     torch.set_rng_state(state["torch"])
     for device, of_device in state["cuda"].items():
         if int(device) < torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""Uploading a model to the hub, so that losing the connection loses nothing: the model is on the disk before."""
+"""Uploading a model to the hub, so that a lost connection loses nothing: the model is on the disk first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NotPushed(NotSaved):
 
 
 def check_push(name: str, source: Source | None, adapter: bool) -> None:
-    """Find out at the start what would otherwise stop the upload hours later, as far as the hub tells.
+    """Find out at the start what would stop the upload hours later, as far as the hub can tell.
 
     Args:
         source: where the weights come from; None: the built-in model.
@@ -82,10 +82,10 @@ def push_run(run: Path, config: RunConfig) -> None:
 
 @contextmanager
 def pushing(model: Sequence[str], name: str) -> Iterator[None]:
-    """Say how to push again after whatever stops the block, Ctrl-C included.
+    """Whatever stops the block, Ctrl-C included, print how to push again.
 
     Args:
-        model: what stands behind `python -m eval.export` to export the same model.
+        model: the arguments of `python -m eval.export` that export the same model.
 
     Raises:
         NotPushed: instead of an exception of the block.
@@ -107,7 +107,7 @@ def push(folder: Path, name: str, card: str, private: bool) -> str:
     address = api.create_repo(name, private=private or None, exist_ok=True)
     if private and not api.repo_info(name).private:
         raise ValueError("--private: the repository is there already, for everybody to see")
-    # What --resume needs of a checkpoint is nobody else's concern.
+    # Not uploaded: the part of a checkpoint that only --resume needs.
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, CARD)]
     files = [path for path in files if path.relative_to(folder).parts[0] != "training"]
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]

@@ -1,9 +1,9 @@
-"""How far a run has come, and how it is saved, interrupted and taken up again.
+"""How far a run has come, and how it is saved, interrupted and resumed.
 
 A step moves the weights in its last moments only. Until then, and from the moment its log lines are written, the run is
 *at rest*: all that has moved since the last completed step (random states, the data's position) is known from before.
-Whatever ends the run at rest, Ctrl-C, SIGTERM, a reward function that raises, memory that runs out, is preceded by a
-checkpoint of the last completed step. A signal that comes during the updates waits until the step is completed.
+Whatever ends the run at rest (Ctrl-C, SIGTERM, a reward function that raises, memory that runs out), a checkpoint of
+the last completed step is written first. A signal that comes during the updates waits until the step is completed.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 
 
 class Part(Protocol):
-    """Something that a run moves besides the weights."""
+    """Something that changes during a run besides the weights."""
 
     def numbers(self) -> dict[str, Any]:
-        """What is small: copied at the end of each step."""
+        """The small part of its state: copied at the end of each step."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is large, and moves with the weights only: looked at when a checkpoint is written."""
+        """The large part, which changes with the weights only: read when a checkpoint is written."""
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go back to where `numbers` and `tensors` were taken."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or its like, after which the run is to be saved and ended."""
+    """Ctrl-C or another ending signal, after which the run is saved and ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -67,14 +67,14 @@ class Interrupted(KeyboardInterrupt):
 class Progress:
     """The last completed step of a run, 0 before the first, with what a checkpoint of it needs.
 
-    Where `folder` was opened to go on with a run, the weights and all parts are put back first.
+    Where `folder` was opened to resume a run, the weights and all parts are restored first.
 
     Args:
         parts: by name; the optimizer is added to them.
-        identity: what the run was begun with and a checkpoint does not hold, as texts that tell it from others.
+        identity: what the run began with and a checkpoint does not hold, as texts that distinguish it from others.
 
     Raises:
-        Refused: `identity` differs from that of the run that is to go on.
+        Refused: `identity` differs from that of the run to be resumed.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Progress:
         self.step, self.signal, self.ending = 0, 0, False
         if folder.checkpoint:
             self._restore(folder.checkpoint)
-            folder.go_on(folder.checkpoint)
+            folder.resume_from(folder.checkpoint)
         self.saved, self.saved_at = self.step, time.monotonic()
         self._rest()
 
     def completed(self, step: int) -> None:
-        """The step's updates and log lines are done, and a checkpoint is written where one is due.
+        """Call when the step's updates and log lines are done; writes a checkpoint where one is due.
 
         Raises:
             Interrupted: a signal came during the updates.
@@ -139,7 +139,7 @@ class Progress:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever ends the block at rest is preceded by a checkpoint; what was saved where is said on stderr."""
+        """If the block fails at rest, a checkpoint is written first; stderr says what was saved where."""
         with self._signals():
             try:
                 yield
@@ -185,7 +185,7 @@ class Progress:
         """Ctrl-C and its like raise `Interrupted`: at once where the run is at rest, else when the step is completed.
         A second one ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread can look after signals
+            yield  # only the main thread can handle signals
             return
         # One that is ignored, as under nohup, stays so.
         numbers = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -208,7 +208,7 @@ class Progress:
 
 
 def weights_identity(policy: Policy) -> str:
-    """A CRC of every weight: tells apart models of one shape. About a second for a gigabyte."""
+    """A CRC of every weight, which distinguishes models of the same shape. About a second per gigabyte."""
     crc = 0
     for name, weight in sorted(policy.model.state_dict().items()):
         raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -48,7 +48,7 @@ def shown_flags(flags: Sequence[str]) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Of an absolute path, alone or behind `name=`, the last part; any other text as it is.
+    """The last part of an absolute path, alone or after `name=`; any other text unchanged.
 
     >>> without_folders("/home/a=b/model"), without_folders("--x=/home/me/model"), without_folders("x=/home/me/y=z")
     ('model', '--x=model', 'x=y=z')

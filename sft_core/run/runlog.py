@@ -1,7 +1,7 @@
 """The run folder: all that a run leaves behind, and nothing elsewhere.
 
-config.yaml         the resolved config; --config takes it back
-provenance.json     command, versions, commit, hardware, seed, time; of each time that it was gone on with, too
+config.yaml         the resolved config; give it to --config to repeat the run
+provenance.json     command, versions, commit, hardware, seed, time; the same for each time that it was resumed
 log.jsonl           one object per log line; `kind` says which: train, eval
 completions.jsonl   every sampled completion of GRPO with its rewards and advantage
 tokens.jsonl        its tokens, each with its log-probability (grpo_core/completions.py)
@@ -54,17 +54,17 @@ transformers.logging.disable_progress_bar()
 
 LOGS = ("log.jsonl", "completions.jsonl", "tokens.jsonl", "answers.jsonl")
 OTHERS = ("summary.json", "summary.md", "heldout", "tensorboard", "plots", "completions.html", "final", "base")
-KEPT = ("checkpoints", "wandb")  # where --resume begins a run anew: damaged checkpoints, and what W&B was told
+KEPT = ("checkpoints", "wandb")  # where --resume starts from step 0: damaged checkpoints, and what W&B has received
 
 
 class RunFolder:
     """A run folder that this process alone writes to.
 
     A new run finds it new or empty (or empties it, under --overwrite). Where --resume finds a whole checkpoint, that is
-    `checkpoint`, and `go_on` is to be called once it is loaded; where it finds none, the run begins anew.
+    `checkpoint`, and `resume_from` is to be called once it is loaded; where it finds none, the run starts from step 0.
 
     Raises:
-        Refused: it holds a run that is neither to go on nor to be overwritten; another process writes to it; the
+        Refused: it holds a run, and neither --resume nor --overwrite was given; another process writes to it; the
             checkpoint that --resume names is damaged.
         NotSaved: the disk is full, or the folder may not be written to.
     """
@@ -93,7 +93,7 @@ class RunFolder:
             self._show()
 
     def _begin(self, going_on: bool) -> None:
-        """Remove what an earlier run has left, where that was asked for, and write what is known before the first
+        """Remove an earlier run's files under --overwrite, and write what is known before the first
         step."""
         config = self.config
         if (self.path / "config.yaml").exists() and not (going_on or config.overwrite):
@@ -106,8 +106,8 @@ class RunFolder:
         write_text(self.path / "config.yaml", "\n".join(lines) + "\n")
         _write_json(self.path / "provenance.json", provenance(getattr(config, "seed", None)))
 
-    def go_on(self, checkpoint: Path) -> None:
-        """Set later checkpoints aside, cut the logs to where they were, and note who goes on with the run.
+    def resume_from(self, checkpoint: Path) -> None:
+        """Set later checkpoints aside, cut the logs to where they were, and note the resume in provenance.json.
 
         Raises:
             NotSaved: the disk is full, or gone.
@@ -129,7 +129,7 @@ class RunFolder:
             _write_json(self.path / "provenance.json", {**begun, "resumed": [*begun.get("resumed", []), again]})
 
     def _show(self) -> None:
-        """Open the trackers, and tell them what the logs hold."""
+        """Open the trackers, and send them what the logs hold."""
         self.trackers = Trackers(self.path, self.config)
         try:
             lines = read_jsonl(self.path / "log.jsonl")
@@ -140,7 +140,7 @@ class RunFolder:
         self.trackers.completions_of(self.path / "completions.jsonl")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has no word for them."""
+        """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has neither."""
         now = datetime.now(timezone.utc).isoformat()
         record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
         append_jsonl(self.path / "log.jsonl", [record])
@@ -153,7 +153,7 @@ class RunFolder:
             self.trackers.log(record)
 
     def show(self, completion: dict[str, Any]) -> None:
-        """Show a record of completions.jsonl in TensorBoard and its like."""
+        """Show a record of completions.jsonl in TensorBoard and W&B."""
         if self.trackers:
             self.trackers.completion(completion)
 
@@ -163,7 +163,7 @@ class RunFolder:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
 
     def to_disk(self) -> None:
-        """Force the logs to the disk: a checkpoint counts on them."""
+        """Sync the logs to the disk: a checkpoint relies on them."""
         for name in LOGS:
             if (self.path / name).exists():
                 to_disk(self.path / name)
@@ -184,7 +184,7 @@ class RunFolder:
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
-        """A block after which, if it fails, another run of this process may write here."""
+        """Release the folder if the block fails, so that another run of this process may write here."""
         try:
             yield
         except BaseException:
@@ -192,7 +192,7 @@ class RunFolder:
             raise
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the trackers and release the folder."""
         if self.trackers:
             self.trackers.close(failed=sys.exc_info()[0] is not None)  # as in `closing`, while an exception passes
         if self.lock is not None:
@@ -208,7 +208,7 @@ def fresh_folder(kind: str) -> Path:
 
 
 def _locked(run: Path) -> int | None:
-    """The descriptor of the folder, locked, which ends with this process however it ends; None where the file system
+    """The folder's descriptor, locked until this process ends, however it ends; None where the file system
     has no locks.
 
     Raises:
@@ -232,7 +232,7 @@ def _locked(run: Path) -> int | None:
 
 
 def _found(run: Path, name: str) -> Path | None:
-    """The checkpoint to go on from. None: there is none yet.
+    """The checkpoint to resume from. None: there is none yet.
 
     Raises:
         Refused: the one that was named is damaged.
@@ -251,7 +251,7 @@ def _found(run: Path, name: str) -> Path | None:
 
 
 def _cut(log: Path, size: int) -> None:
-    """Shorten a log to its first `size` bytes, and to whole lines where somebody has shortened it already."""
+    """Shorten a log to its first `size` bytes, and to whole lines where it is already shorter."""
     there = log.stat().st_size if log.exists() else 0
     if there < size:
         print(f"{log} has lost {size - there} bytes since the checkpoint was written", file=sys.stderr)

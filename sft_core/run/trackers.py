@@ -1,8 +1,8 @@
-"""Where a run can be watched: TensorBoard's files in its folder, and a run at Weights & Biases.
+"""Where a run can be watched: TensorBoard files in its folder, and a run at Weights & Biases.
 
 Both show what the run folder holds, and nothing else: the config, the numbers of log.jsonl, the completions that
---show_every shows. So both are told everything again when a run is gone on with. TensorBoard's files are made anew;
-W&B forgets nothing, and is told what it has not been told before.
+--show_every shows. When a run is resumed, TensorBoard's files are rewritten from the logs, and W&B is
+sent what it has not received yet.
 
 No training ends because it cannot be watched: a tracker that fails is left out, with a line on stderr.
 """
@@ -28,12 +28,12 @@ from sft_core.config import FolderConfig
 
 
 class Tracker(Protocol):
-    """One place to watch a run in. Whatever it raises ends it, and nothing else."""
+    """One place to watch a run in. If it raises, it is closed, and the run continues."""
 
     name: str
 
     def scalars(self, kind: str, step: int, values: dict[str, float], at: float) -> None:
-        """The numbers of a log line, written `at` seconds after 1970; NaN is a number that was none."""
+        """The numbers of a log line, written `at` seconds after 1970; NaN: the number was not finite."""
 
     def completion(self, step: int, text: str, at: float | None) -> None:
         """What the policy answered in this step."""
@@ -49,7 +49,7 @@ class Trackers:
         run: its folder, which holds a config.yaml.
 
     Raises:
-        OSError: the disk does not take TensorBoard's files; it will not take the others.
+        OSError: TensorBoard's files cannot be written, so nothing else could be.
     """
 
     def __init__(self, run: Path, config: FolderConfig) -> None:
@@ -73,12 +73,12 @@ class Trackers:
             for name, value in record.items()
             if name != "step" and (value is None or isinstance(value, (int, float)))
         }
-        self._tell(lambda tracker: tracker.scalars(kind, step, values, at))
+        self._each(lambda tracker: tracker.scalars(kind, step, values, at))
 
     def completion(self, record: dict[str, Any]) -> None:
         """Show a record of completions.jsonl."""
         step, text = record["step"], shown(record)
-        self._tell(lambda tracker: tracker.completion(step, text, self.times.get(step)))
+        self._each(lambda tracker: tracker.completion(step, text, self.times.get(step)))
 
     def completions_of(self, path: Path) -> None:
         """Show those of completions.jsonl that --show_every asks for: each time the step's first."""
@@ -92,10 +92,10 @@ class Trackers:
             _say("some of the earlier completions are not shown again", error)
 
     def close(self, failed: bool) -> None:
-        self._tell(lambda tracker: tracker.close(failed))
+        self._each(lambda tracker: tracker.close(failed))
         self.live = []
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
+    def _each(self, what: Callable[[Tracker], None]) -> None:
         for tracker in list(self.live):
             try:
                 what(tracker)
@@ -105,7 +105,7 @@ class Trackers:
 
 
 class TensorBoard:
-    """Event files, made anew, so that a run that was gone on with shows no step twice."""
+    """Event files, rewritten at each start, so that a resumed run shows no step twice."""
 
     name = "TensorBoard"
 
@@ -131,8 +131,8 @@ class TensorBoard:
 class WandB:
     """A run at Weights & Biases, with W&B's own WANDB_PROJECT, WANDB_NAME, WANDB_MODE, ... where they are set.
 
-    Its id, and the last step of each kind that it was told, are in wandb/told.json of the run folder. They are noted
-    first and told then: a process that is killed in between leaves a gap of one line there, rather than a line twice.
+    Its id, and the last step of each kind that it was sent, are in wandb/sent.json of the run folder. They are noted
+    first and sent then: a process that is killed in between leaves a gap of one line there, rather than a line twice.
     """
 
     name = "W&B"
@@ -142,14 +142,14 @@ class WandB:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")
         import wandb
 
-        self.wandb, self.note = wandb, run / "wandb" / "told.json"
-        self.told: dict[str, Any] = {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]}
+        self.wandb, self.note = wandb, run / "wandb" / "sent.json"
+        self.sent: dict[str, Any] = {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]}
         if self.note.exists():
-            self.told = json.loads(self.note.read_text())
+            self.sent = json.loads(self.note.read_text())
         self.note.parent.mkdir(exist_ok=True)
         ours: dict[str, Any] = {"project": "grpo-from-scratch", "name": run.resolve().name, "dir": str(run)}
         self.run: Any = wandb.init(
-            id=self.told["id"],
+            id=self.sent["id"],
             resume="allow",
             config=yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
             allow_val_change=True,
@@ -160,23 +160,23 @@ class WandB:
             self.run.define_metric(f"{kind}/*", step_metric="step")
 
     def scalars(self, kind: str, step: int, values: dict[str, float], at: float) -> None:
-        self._tell(kind, step, {f"{kind}/{name}": value for name, value in values.items()})
+        self._send(kind, step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def completion(self, step: int, text: str, at: float | None) -> None:
         if self._new("completion", step):
-            self._tell("completion", step, {"completion/text": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")})
+            self._send("completion", step, {"completion/text": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
     def _new(self, kind: str, step: int) -> bool:
-        return step > self.told.get(kind, -1)
+        return step > self.sent.get(kind, -1)
 
-    def _tell(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def _send(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._new(kind, step):
-            self.told[kind] = step
+            self.sent[kind] = step
             unfinished = self.note.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(self.told))  # never waits for the disk: this is done in every step
+            unfinished.write_text(json.dumps(self.sent))  # never waits for the disk: this is done in every step
             unfinished.replace(self.note)
             self.run.log({"step": step, **values})
 

@@ -1,4 +1,4 @@
-"""A trained model as a person names it: by its run folder, by a folder of the model itself, or by a name of the hub."""
+"""A trained model by the name that a user gives: its run folder, a folder of the model itself, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Trained:
         return values
 
     def prompt_settings(self) -> dict[str, Any]:
-        """How the run put its questions, and how long its answers could be: what must be the same where the model is
+        """The prompt's settings and the completion budget: what must be the same when the model is
         asked again."""
         names = [*(field.name for field in dataclasses.fields(PromptConfig)), "max_completion_tokens"]
         return {name: value for name, value in self.settings().items() if name in names}

@@ -43,7 +43,7 @@ class ArithmeticStream:
             chain = str(start) + "".join(f"{step:+d}" for step in steps)
             held_out = zlib.crc32(chain.encode()) % HELD_OUT_SHARE == 0
             if held_out == (self.split == "heldout"):
-                return _tell(start, steps, rng)
+                return _write_problem(start, steps, rng)
 
     def _chain(self, rng: random.Random) -> tuple[int, list[int]]:
         """A start in 1..9 and signed one-digit steps that keep the total within 0..LARGEST_TOTAL."""
@@ -56,7 +56,7 @@ class ArithmeticStream:
         return start, steps
 
 
-def _tell(start: int, steps: list[int], rng: random.Random) -> dict[str, str]:
+def _write_problem(start: int, steps: list[int], rng: random.Random) -> dict[str, str]:
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
     question = [f"{name} has {start} {thing}."]
     lines, total = [], start

@@ -59,8 +59,8 @@ FORMATS = {
 
 
 def demonstration(example: Example, fmt: PromptFormat, terse: bool = False) -> str:
-    """The text that SFT teaches for a problem. GSM8K's calculator notes `<<3*12=36>>` are dropped; `terse` drops the
-    working too.
+    """The text that SFT teaches for a problem. GSM8K's calculator annotations `<<3*12=36>>` are dropped; `terse` drops
+    the working too.
 
     >>> print(demonstration(SHOT, FORMATS["hash"]))
     The trays hold 3 * 12 = 36 rolls.
@@ -97,7 +97,7 @@ def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
     Raises:
         ValueError: the template fails, or tries what its sandbox forbids.
     """
-    # enable_thinking: Qwen3's template opens an answer of its own with <think> unless told not to; others ignore it.
+    # enable_thinking: Qwen3's template opens an answer of its own with <think> unless this is False; others ignore it.
     with refused("the tokenizer's chat template (--system_prompt '' if it takes no system prompt)"):
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False

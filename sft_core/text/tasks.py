@@ -57,7 +57,7 @@ class Task:
 
     @property
     def identity(self) -> str:
-        """A CRC of all problems: tells this task from the same file with other lines. Endless ones have their seed."""
+        """A CRC of all problems, which shows a changed file. An endless side follows from the seed and is left out."""
         known = [] if isinstance(self.train, Endless) else self.train
         crc = 0
         for example in (*known, *self.heldout):
@@ -65,14 +65,14 @@ class Task:
         return f"{crc:08x}"
 
     def filtered(self, keep: Callable[[list[Example]], list[Example]]) -> Task:
-        """Both sides passed through `keep`; an endless one is not: its problems are all of one kind and length."""
+        """Both sides filtered by `keep`, but not an endless one: its problems are all of one kind and length."""
         train = self.train if isinstance(self.train, Endless) else keep(list(self.train))
         return replace(self, train=train, heldout=keep(list(self.heldout)))
 
     def draw(self, first: int, count: int, seed: int) -> list[Example]:
         """Training problems at positions first .. first + count of an endless walk: a fresh shuffle for each epoch.
 
-        Depends on its arguments alone, so a walk can be taken up anywhere.
+        Depends on its arguments alone, so training can resume at any position.
         """
         return [self._at(position, seed) for position in range(first, first + count)]
 
@@ -83,7 +83,7 @@ class Task:
         return self.train[_shuffled(len(self.train), seed, epoch)[place]]
 
 
-@lru_cache(maxsize=2)  # a walk asks for the same epoch's order over and over
+@lru_cache(maxsize=2)  # the same epoch's order is needed for each of its steps
 def _shuffled(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -121,7 +121,7 @@ def load_heldout(config: TaskConfig) -> list[Example]:
 
 
 def _arithmetic_heldout(config: TaskConfig) -> list[Example]:
-    # Not by the run's seed: every run of a difficulty is asked the same problems.
+    # Independent of the run's seed: all runs of a difficulty are evaluated on the same problems.
     stream = Endless(ArithmeticStream("heldout", seed=0, difficulty=config.difficulty))
     return [stream[i] for i in range(config.eval_problems)]
 
@@ -175,7 +175,7 @@ def _row(line: bytes, where: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; `json` itself takes the last of two values of one key, and says nothing."""
+    """A JSON object without duplicate keys, of which `json` itself would silently keep the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)

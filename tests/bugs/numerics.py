@@ -8,6 +8,8 @@ ADVANTAGES, OBJECTIVE = "tests/test_advantages.py::", "tests/test_objective.py::
 OPTIM, STEP, RUNS = "tests/test_optim.py::", "tests/test_step.py::", "tests/test_runs.py::"
 LOST = "tests/test_lost_numbers.py::"
 
+RUN_SETTINGS = "tests/test_run_settings.py::"
+
 BUGS = [
     Mutation(
         8,
@@ -93,7 +95,7 @@ BUGS = [
         "_whole_model(source.base, dtype=torch.float32,",
         "_whole_model(source.base, dtype=torch.float16 if config.precision == 'fp16' else torch.float32,",
         "fp16 gradients cannot be unscaled (PyTorch refuses), and steps smaller than fp16's spacing would be lost.",
-        (f"{RUNS}test_fp16_runs_under_a_grad_scaler_over_float32_weights",),
+        (f"{RUN_SETTINGS}test_fp16_runs_under_a_grad_scaler_over_float32_weights",),
     ),
     Mutation(
         14,
@@ -140,7 +142,7 @@ BUGS = [
         "            self.skipped += 1\n",
         "",
         "The log of a run that skips half its steps looks like that of a healthy one.",
-        (f"{RUNS}test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_all_are_in_the_log",),
+        (f"{RUN_SETTINGS}test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_all_are_in_the_log",),
     ),
     Mutation(
         26,
@@ -149,7 +151,7 @@ BUGS = [
         "            self.skipped_in_a_row += 1\n",
         "",
         "Where every gradient is NaN the weights are at fault, and the rest of the run's hours are for nothing.",
-        (f"{RUNS}test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_all_are_in_the_log",),
+        (f"{RUN_SETTINGS}test_five_gradients_in_a_row_that_are_not_finite_end_the_run_and_all_are_in_the_log",),
     ),
     Mutation(
         26,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.bugs.mutation import Mutation
 
-ANYWHERE = "tests/test_resume.py::test_gone_on_with_from_any_of_its_checkpoints_a_run_ends_with_the_same_bits"
+ANYWHERE = "tests/test_resume.py::test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits"
 
 BUGS = [
     Mutation(
@@ -79,7 +79,7 @@ BUGS = [
 """,
         "",
         "fp16 gradients are rounded under another factor, and the first batches after it overflow anew.",
-        ("tests/test_resume.py::test_an_optimizer_goes_on_as_it_was_left",),
+        ("tests/test_resume.py::test_an_optimizer_resumes_in_the_state_that_was_saved",),
     ),
     Mutation(
         22,

@@ -8,6 +8,8 @@ ROWS, LOGPROBS, STEP = "tests/test_rows.py::", "tests/test_logprobs.py::", "test
 PACKING = "tests/test_packing.py::"
 OBJECTIVE, SAMPLING, SFT = "tests/test_objective.py::", "tests/test_sampling.py::", "tests/test_sft.py::"
 
+STEP_REWARDS = "tests/test_step_rewards.py::"
+
 BUGS = [
     Mutation(
         3,
@@ -87,7 +89,7 @@ BUGS = [
         "torch.arange(N, device=device), prompt_NP, attention_NP\n",
         "torch.arange(N, device=device), prompt_NP, torch.ones_like(attention_NP)\n",
         "Samples are drawn from a policy that reads padding, and are learned under one that does not.",
-        (f"{SAMPLING}test_greedy_tokens_are_the_likeliest_whatever_the_padding",),
+        (f"{SAMPLING}test_greedy_tokens_are_the_most_probable_with_any_padding",),
     ),
     Mutation(
         4,
@@ -162,7 +164,7 @@ BUGS = [
         "[prompt for prompt in prompts for _ in range(config.group_size)]",
         "prompts * config.group_size",
         "Row 1 answers question 2 and is judged by question 1's gold: rewards are noise, and the loss looks normal.",
-        (f"{STEP}test_every_row_is_scored_against_its_own_prompts_gold",),
+        (f"{STEP_REWARDS}test_every_row_is_scored_against_its_own_prompts_gold",),
     ),
     Mutation(
         11,
@@ -171,7 +173,7 @@ BUGS = [
         "repeated = [example for example in examples for _ in range(config.group_size)]",
         "repeated = list(examples) * config.group_size",
         "The same from the other side.",
-        (f"{STEP}test_every_row_is_scored_against_its_own_prompts_gold",),
+        (f"{STEP_REWARDS}test_every_row_is_scored_against_its_own_prompts_gold",),
     ),
     Mutation(
         11,
@@ -180,7 +182,7 @@ BUGS = [
         "torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)",
         "torch.tensor(scores.total, dtype=torch.float64).view(config.group_size, len(examples)).T",
         "Each completion is compared with the answers to other questions, and advantages land on the wrong rows.",
-        (f"{STEP}test_a_row_gets_its_own_reward_and_advantage",),
+        (f"{STEP_REWARDS}test_a_row_gets_its_own_reward_and_advantage",),
     ),
     Mutation(
         12,

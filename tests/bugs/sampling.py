@@ -7,6 +7,10 @@ from tests.bugs.mutation import Mutation
 STEP, SAMPLING, REFERENCE = "tests/test_step.py::", "tests/test_sampling.py::", "tests/test_reference.py::"
 RATIO_ONE = f"{STEP}test_the_first_update_has_ratio_exactly_one_and_the_samplers_logprobs"
 
+STEP_IN_A_RUN = "tests/test_step_in_a_run.py::"
+
+SAMPLING_SETTINGS = "tests/test_sampling_settings.py::"
+
 BUGS = [
     Mutation(
         6,
@@ -55,7 +59,7 @@ BUGS = [
         "",
         "The sampler has no dropout and the learner has: the ratio starts anywhere but at 1, and clipping acts on "
         "noise.",
-        (f"{STEP}test_a_run_turns_dropout_off_in_policy_and_reference",),
+        (f"{STEP_IN_A_RUN}test_a_run_turns_dropout_off_in_policy_and_reference",),
     ),
     Mutation(
         7,
@@ -188,7 +192,7 @@ BUGS = [
         "        model.eval()\n",
         "After the first sampling the learner is in eval mode: gradient checkpointing silently stops, and memory runs "
         "out.",
-        (f"{SAMPLING}test_sampling_happens_in_eval_mode_and_restores_the_mode",),
+        (f"{SAMPLING_SETTINGS}test_sampling_happens_in_eval_mode_and_restores_the_mode",),
     ),
     Mutation(
         25,
@@ -198,6 +202,6 @@ BUGS = [
         "    try:",
         "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "
         "samples are no longer the policy's.",
-        (f"{SAMPLING}test_the_models_own_generation_settings_are_not_inherited",),
+        (f"{SAMPLING_SETTINGS}test_the_models_own_generation_settings_are_not_inherited",),
     ),
 ]

@@ -8,7 +8,7 @@ GENERATION, HALF, OFFLOAD = "tests/test_generation.py::", "tests/test_half.py::"
 MEMORY = "tests/test_out_of_memory.py::"
 GREEDY = f"{GENERATION}test_greedy_completions_are_the_plain_calls_token_by_token"
 FREQUENCIES = f"{GENERATION}test_whole_completions_are_drawn_as_often_as_their_probability_says"
-RECORDED = f"{GENERATION}test_whichever_way_it_is_drawn_the_recorded_logprobs_are_the_learners"
+RECORDED = f"{GENERATION}test_every_way_to_sample_records_the_learners_logprobs"
 TO_THE_BIT = f"{OFFLOAD}test_every_weight_is_that_of_a_plain_adamw_to_the_bit"
 
 BUGS = [
@@ -157,7 +157,7 @@ BUGS = [
 """,
         "A copy that is not made anew does not learn: from the second step on, samples come from a policy of the past, "
         "and only the sampler's log-probabilities tell.",
-        (f"{HALF}test_every_sampling_sees_the_weights_of_its_time",),
+        (f"{HALF}test_every_sampling_uses_the_current_weights",),
     ),
     Mutation(
         34,

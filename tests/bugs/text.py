@@ -6,6 +6,8 @@ from tests.bugs.mutation import Mutation
 
 REWARDS = "tests/test_rewards.py::"
 
+ANSWERS = "tests/test_answers.py::"
+
 BUGS = [
     Mutation(
         1,
@@ -60,7 +62,7 @@ BUGS = [
         "_, mark, rest = text.rpartition(HASH_MARK)",
         "A model that does not stop invents further problems; the answer to the last of those is judged, and right "
         "answers earn nothing.",
-        (f"{REWARDS}test_the_hash_answer_is_the_first_mark_to_the_end_of_its_line",),
+        (f"{ANSWERS}test_the_hash_answer_is_the_first_mark_to_the_end_of_its_line",),
     ),
     Mutation(
         2,
@@ -69,7 +71,7 @@ BUGS = [
         """Decimal(("-" if "-" in prefix else "") + digits""",
         """Decimal(digits""",
         "3 is paid where -3 is right.",
-        (f"{REWARDS}test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number",),
+        (f"{ANSWERS}test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number",),
     ),
     Mutation(
         2,
@@ -78,7 +80,7 @@ BUGS = [
         """if text[0] in ",0" or commas.strip(",") or len(commas) != text.count(","):""",
         """if text[0] == "," or text[-1] == "," and commas:""",
         "'1,07' is read as 107 and '10,72' as 1072: decimal commas and lists of numbers become answers.",
-        (f"{REWARDS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
+        (f"{ANSWERS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
     ),
     Mutation(
         2,
@@ -87,7 +89,7 @@ BUGS = [
         """unended = text.rstrip("%.")""",
         """unended = text.rstrip(".")""",
         "Right answers to percentage problems earn nothing when they are written as such.",
-        (f"{REWARDS}test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number",),
+        (f"{ANSWERS}test_commas_sign_dollar_percent_and_final_dot_do_not_change_a_number",),
     ),
     Mutation(
         2,
@@ -97,7 +99,7 @@ BUGS = [
         "return text.isdigit()",
         "True for '²' too, which no number constructor takes: one such completion ends the run hours in. Other "
         "scripts' digits are read as ours.",
-        (f"{REWARDS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
+        (f"{ANSWERS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
     ),
     Mutation(
         2,
@@ -106,7 +108,7 @@ BUGS = [
         "return _EXACT.subtract(x, y).copy_abs() <= Decimal(str(tolerance))",
         "return abs(float(x) - float(y)) <= tolerance or float(x) == float(y)",
         "Every integer of more than 308 digits is the same inf: a model that repeats digits hits any such gold.",
-        (f"{REWARDS}test_numbers_beyond_every_limit_of_int_float_and_decimal_are_compared_exactly",),
+        (f"{ANSWERS}test_numbers_beyond_every_limit_of_int_float_and_decimal_are_compared_exactly",),
     ),
     Mutation(
         17,
@@ -133,8 +135,7 @@ BUGS = [
 """,
         "Quadratic in the length of hostile text, and a model under training writes hostile text: the reward takes "
         "minutes for a completion of repeated tags.",
-        (f"{REWARDS}test_a_hostile_megabyte_costs_every_function_less_than_50_ms",),
-        hangs_after=15,
+        ("tests/test_hostile_text.py::test_a_hostile_megabyte_stalls_no_function",),
     ),
     Mutation(
         23,
@@ -149,6 +150,6 @@ BUGS = [
         pass
     unended""",
         "The model's text runs as a program: '2+2' is an answer, `9**9**9` is a hang, and worse is possible.",
-        (f"{REWARDS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
+        (f"{ANSWERS}test_what_is_not_one_ascii_number_is_not_read_as_one",),
     ),
 ]

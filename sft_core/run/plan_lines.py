@@ -1,5 +1,5 @@
-"""--dry_run: task, tokenizer and weights are loaded and checked, and what the run would do is said. No optimizer step
-is taken, and nothing is written.
+"""--dry_run: task, tokenizer and weights are loaded and checked, and what the run would do is printed. No optimizer
+step is taken, and nothing is written.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sft_core.text.prompts import encode_prompt, prompt_messages
 from sft_core.text.tasks import Example, Task
 
 GB = 1e9
-LOOKED_AT = 500  # problems of an endless task whose lengths are taken for all
+LOOKED_AT = 500  # problems of an endless task whose lengths stand for all
 UNTOUCHED = "dry run: all of this was loaded and checked; no step was taken, nothing was written"
-Lines = dict[str, str]  # what is said, by its subject
+Lines = dict[str, str]  # text by subject
 
 
-def told(lines: Lines) -> str:
-    """The lines of a plan under each other."""
+def plan_text(lines: Lines) -> str:
+    """A plan's lines, aligned, as one text."""
     width = max(map(len, lines)) + 2
     return "\n".join(f"{subject.ljust(width)}{text}" for subject, text in lines.items())
 
@@ -34,7 +34,7 @@ def told(lines: Lines) -> str:
 @contextmanager
 def loaded(config: Any, source: Source | None, built_in: Source | None = None) -> Iterator[tuple[Policy, Source]]:
     """The policy with its weights. `source` None: the built-in model as `built_in`, or where that is not trained yet,
-    untrained and in a folder that goes again."""
+    untrained, in a temporary folder."""
     source = source or built_in
     if source:
         yield load_policy(config, source), source
@@ -58,18 +58,18 @@ def mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def told_lengths(lengths: Sequence[int], limit: int) -> str:
+def lengths_text(lengths: Sequence[int], limit: int) -> str:
     over = sum(length > limit for length in lengths)
     cut = f", {over} over it are cut" if over else ""
     return f"of {mean(lengths):.0f} on average, {max(lengths)} at most (limit {limit}{cut})"
 
 
-def told_task(task: Task, config: TaskConfig) -> str:
+def task_line(task: Task, config: TaskConfig) -> str:
     size = "endless" if task.size is None else f"{task.size:,} training problems"
     return f"{task.name}: {size}, {len(task.heldout):,} held out; {config.prompt_format} answers, {config.shots} shots"
 
 
-def told_model(config: ModelConfig, policy: Policy, name: str = "") -> str:
+def model_line(config: ModelConfig, policy: Policy, name: str = "") -> str:
     total = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable())
     adapter = f" with the adapter {config.adapter_path}" if config.adapter_path else ""
@@ -83,20 +83,20 @@ def passes(task: Task, drawn: int, steps: int) -> str:
     return f" ({steps * drawn / task.size:.2f} epochs)" if task.size else ""
 
 
-def told_rate(config: OptimConfig, steps: int) -> str:
+def rate_text(config: OptimConfig, steps: int) -> str:
     warm_up = f" after {round(config.warmup_ratio * steps)} steps of warm-up" if config.warmup_ratio else ""
     return f"learning rate {config.lr:g}, {config.lr_schedule}{warm_up}"
 
 
 def evaluations_at(every: int, steps: int, first: bool) -> list[int]:
-    """The steps after which held-out problems are asked; the last one always, step 0 where `first`."""
+    """The steps after which an evaluation is due: always the last one, and step 0 where `first`."""
     between = range(every, steps, every) if every else []
     return [*([0] if first else []), *between, steps]
 
 
-def told_steps(steps: Sequence[int]) -> str:
+def steps_text(steps: Sequence[int]) -> str:
     """
-    >>> told_steps([0, 10, 20, 30, 40]), told_steps([0, 80]), told_steps([])
+    >>> steps_text([0, 10, 20, 30, 40]), steps_text([0, 80]), steps_text([])
     ('5 times: at steps 0, 10, 20, ..., 40', '2 times: at steps 0, 80', 'never')
     """
     if not steps:
@@ -106,21 +106,21 @@ def told_steps(steps: Sequence[int]) -> str:
     return f"{times} {', '.join(shown)}"
 
 
-def told_answers(samples: int) -> str:
-    """How often an evaluation asks each problem."""
+def answers_text(samples: int) -> str:
+    """How many answers an evaluation samples for each problem."""
     return f"a greedy answer and {samples} samples of each" if samples else "a greedy answer to each"
 
 
-def told_memory(policy: Policy) -> str:
-    """A floor: what does not depend on the batch."""
+def memory_line(policy: Policy) -> str:
+    """A lower bound: what does not depend on the batch."""
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable())
     whole = f"weights {weights / GB:.2f}, gradients {4 * trained / GB:.2f}, AdamW {8 * trained / GB:.2f}"
     return f"{(weights + 12 * trained) / GB:.2f} GB ({whole}) and the batch's activations"
 
 
-def told_folder(config: FolderConfig, kind: str, steps: int = 0) -> str:
-    """Where the run would write, and what."""
+def folder_line(config: FolderConfig, kind: str, steps: int = 0) -> str:
+    """Where the run would write, whether it resumes, and its checkpoints."""
     folder = Path(config.output_dir) if config.output_dir else Path("runs") / f"{kind}-(time of the start)"
     there = checkpoints(folder)
     if isinstance(config, RunConfig) and config.resume and (folder / "final").is_dir():

@@ -1,0 +1,17 @@
+"""Before any test, doctests included: one thread for each process, and as many processes as the machine has cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Read when torch is imported, here and in every process that a test starts: on models this small a second thread only
+# waits for the first, and the workers share the cores already.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Where only files or single tests are named, they run here: a worker's imports take longer than most of them."""
+    return 0 if all("::" in name or name.endswith(".py") for name in config.args) else None
