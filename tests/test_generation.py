@@ -37,7 +37,7 @@ ENDINGS = ("often", "at once", "never")
 
 
 def quick(policy: Policy, share: bool, leave: bool) -> Policy:
-    return replace(policy, share_prompts=share, rows_leave=leave)
+    return replace(policy, share_prompts=share, prefill=share, rows_leave=leave)
 
 
 def ending(policy: Policy, how: str) -> Policy:

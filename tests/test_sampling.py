@@ -149,7 +149,7 @@ def test_dropout_is_off_while_sampling(family: Family) -> None:
 
 @families
 def test_gradient_checkpointing_leaves_the_cache_on(family: Family) -> None:
-    policy = replace(tiny_policy(family), share_prompts=False)
+    policy = replace(tiny_policy(family), prefill=False)
     checkpoint_activations(policy)
     policy.model.train()
     with forward_calls(policy.model) as calls:
