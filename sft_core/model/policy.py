@@ -58,7 +58,9 @@ class Policy:
     @property
     def vocabulary(self) -> int:
         """Words that the model has logits for."""
-        return int(self.model.config.get_text_config().vocab_size)
+        config = self.model.config
+        # Models that read pictures, too, keep the text's settings one level down.
+        return int((config.get_text_config() if hasattr(config, "get_text_config") else config).vocab_size)
 
     @property
     def half_dtype(self) -> torch.dtype | None:
