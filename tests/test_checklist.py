@@ -214,6 +214,7 @@ def test_every_promise_has_a_command_and_every_command_a_claim() -> None:
     assert list(COMMANDS) == list(SHOWN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promise", SHOWN)
 def test_the_command_keeps_the_promise(promise: str, done: dict[str, Done]) -> None:
     assert done[promise].code == 0, done[promise].out + done[promise].errors

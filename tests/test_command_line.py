@@ -287,6 +287,7 @@ def test_ctrl_c_ends_a_run_in_one_line(
     assert err.strip().startswith("interrupted") and err.strip().count("\n") == 0
 
 
+@pytest.mark.slow
 def test_a_shell_sees_one_line_and_exit_code_2(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "grpo_core.train", "--modle", "x"],

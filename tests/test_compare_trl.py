@@ -187,6 +187,7 @@ def test_a_relative_difference_is_of_the_parameter_itself_unless_it_is_tiny() ->
     assert relative(shifted, theirs) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_tables_and_fails_when_a_bound_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +216,7 @@ def test_without_trl_the_command_says_what_to_install(
     )
 
 
+@pytest.mark.slow
 def test_every_declared_difference_is_one(folder: Path) -> None:
     from benchmarks.parity.declared import MEASURES
 

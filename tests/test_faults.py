@@ -80,6 +80,7 @@ def assert_goes_on(argv: list[str], whole: Path, run: Path) -> Ended:
 # --- writes of a checkpoint: an error, and then a kill
 
 
+@pytest.mark.slow
 def test_an_error_and_a_kill_at_every_kind_of_write_of_a_checkpoint_lose_nothing(
     model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_an_error_or_a_kill_while_old_checkpoints_are_deleted_loses_nothing(
     assert differences(whole, run) == []
 
 
+@pytest.mark.slow
 def test_an_error_and_a_kill_at_every_kind_of_write_of_a_resume_lose_nothing(
     model: Path, whole: Path, begun: dict[int, Path], run: Path
 ) -> None:

@@ -241,6 +241,7 @@ def short_start(before: Action | None = None) -> Callable[[], None]:
     return patch
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_its_supervised_start_says_how_to_resume_and_does(tmp_path: Path) -> None:
     flags = ["--preset", "tiny", "--max_steps", "1", "--prompts_per_step", "1", "--group_size", "2"]
     flags += ["--max_completion_tokens", "4", "--eval_problems", "2", "--no_progress", "--save_every", "1"]
@@ -258,6 +259,7 @@ def test_a_run_interrupted_in_its_supervised_start_says_how_to_resume_and_does(t
     assert [path.name for path in run.parent.glob("tiny-sft-*")] == [start.name.removesuffix(".unfinished")]
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_at_a_real_process(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = command(model, run, *MU_2, "--max_steps", "100000")

@@ -268,6 +268,7 @@ print("ended at", micro_batch, "off by", float((found - expected).abs().max() / 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_a_process_that_really_runs_out_of_memory_continues_with_fewer_rows() -> None:
     """A micro-batch of all 128 rows wants more than the 64 MB that are left."""

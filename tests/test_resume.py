@@ -168,6 +168,7 @@ def end_of(program: Program, argv: Sequence[str], out: Path) -> int:
     return code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", KILLED)
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(case: str, model: Path, tmp_path: Path) -> None:
     program, flags = CASES[case]

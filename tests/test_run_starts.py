@@ -100,6 +100,7 @@ def the_embedded_job(*flags: str) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_warm_start_is_made_once_and_found_again(short_warm_start: list[Path]) -> None:
     assert "supervised fine-tuning" in the_embedded_job()
     [made] = short_warm_start
@@ -116,6 +117,7 @@ def test_the_warm_start_is_made_once_and_found_again(short_warm_start: list[Path
     assert len(short_warm_start) == 2 and len(list(Path("runs").glob("tiny-sft-*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_warm_start_that_was_stopped_half_way_is_resumed(short_warm_start: list[Path]) -> None:
     the_embedded_job()
     [folder] = Path("runs").glob("tiny-sft-*")
@@ -138,6 +140,7 @@ def test_the_embedded_job_is_what_no_arguments_mean() -> None:
 # --- real data
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL_QWEN.is_dir() and REAL_GSM8K.is_file()), reason=f"no Qwen2.5 and GSM8K in {SHARED} (GRPO_SHARED)"
 )

@@ -85,6 +85,7 @@ print(before, with_it, peak_bytes(cpu))
 """
 
 
+@pytest.mark.slow
 def test_a_peak_is_that_of_the_time_since_its_reset() -> None:
     # In a process of its own: this one may keep memory that other tests freed.
     done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, timeout=60)
@@ -93,6 +94,7 @@ def test_a_peak_is_that_of_the_time_since_its_reset() -> None:
     assert after < with_it - 100e6
 
 
+@pytest.mark.slow
 def test_phases_add_up_to_the_step_and_prefill_is_not_counted_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

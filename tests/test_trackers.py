@@ -217,6 +217,7 @@ def rows_on_disk(path: Path) -> Iterator[dict[str, Any]]:
                 yield {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
+@pytest.mark.slow
 def test_the_real_wandb_keeps_an_offline_run_of_the_same_numbers(
     model: Path, whole: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
