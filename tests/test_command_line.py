@@ -289,13 +289,7 @@ def test_ctrl_c_ends_a_run_in_one_line(
 
 @pytest.mark.slow
 def test_a_shell_sees_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "grpo_core.train", "--modle", "x"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    argv, env = [sys.executable, "-m", "grpo_core.train", "--modle", "x"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stdout, [*tmp_path.iterdir()]) == (2, "", [])
     assert process.stderr == "error: --modle: no such flag; did you mean --model?\n"
