@@ -30,18 +30,10 @@ from tests.killing import child, differences
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 
-@pytest.fixture(scope="module")
-def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, killed after its second checkpoint."""
-    run = tmp_path_factory.mktemp("killed") / "run"
-    assert ended(command(model, run), partial(on_call, Progress, "save", 2, dies, True)).code == 9
-    return run
-
-
 @pytest.fixture
-def run(tmp_path: Path, killed: Path) -> Path:
-    """A copy of the run that was killed."""
-    return Path(shutil.copytree(killed, tmp_path / "run"))
+def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
+    """A copy of the run that was killed after its second checkpoint."""
+    return Path(shutil.copytree(begun[2], tmp_path / "run"))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -23,18 +23,10 @@ from tests.test_run_folder import assert_refused
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 
-@pytest.fixture(scope="module")
-def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, killed after its second checkpoint."""
-    run = tmp_path_factory.mktemp("killed") / "run"
-    assert ended(command(model, run), partial(on_call, Progress, "save", 2, dies, True)).code == 9
-    return run
-
-
 @pytest.fixture
-def run(tmp_path: Path, killed: Path) -> Path:
-    """A copy of the run that was killed."""
-    return Path(shutil.copytree(killed, tmp_path / "run"))
+def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
+    """A copy of the run that was killed after its second checkpoint."""
+    return Path(shutil.copytree(begun[2], tmp_path / "run"))
 
 
 # --- when is saved, what is kept
@@ -76,20 +68,20 @@ def test_what_a_kill_has_left_unfinished_is_deleted_when_the_next_checkpoint_is_
 # --- what is written down
 
 
-def test_provenance_lists_every_resume(model: Path, killed: Path, run: Path) -> None:
-    begun = json.loads((killed / "provenance.json").read_text())
+def test_provenance_lists_every_resume(model: Path, begun: dict[int, Path], run: Path) -> None:
+    first = json.loads((begun[2] / "provenance.json").read_text())
     argv = command(model, run, "--resume", "--keep_last", "0")
     assert ended(argv, partial(on_call, Progress, "save", 1, dies, True)).code == 9
     assert ended(argv).code == 0
     now = json.loads((run / "provenance.json").read_text())
     resumed = now.pop("resumed")
-    assert now == begun
+    assert now == first
     assert [each["after_step"] for each in resumed] == [2, 3]
-    assert all(each.keys() == {"after_step", *begun} for each in resumed)
+    assert all(each.keys() == {"after_step", *first} for each in resumed)
 
 
-def test_the_config_is_the_runs_and_not_the_commands(killed: Path) -> None:
-    text = (killed / "config.yaml").read_text()
+def test_the_config_is_the_runs_and_not_the_commands(begun: dict[int, Path]) -> None:
+    text = (begun[2] / "config.yaml").read_text()
     values = yaml.safe_load(text)
     assert set(PASSING).isdisjoint(values)
     assert {*values, *PASSING} == set(GRPOConfig.__dataclass_fields__)

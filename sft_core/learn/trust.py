@@ -113,17 +113,17 @@ def probe_rows(policy: Policy) -> Rows:
 
 
 @torch.no_grad()
-def plain_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0) -> Tensor:
+def plain_logprobs(policy: Policy, rows: Rows) -> Tensor:
     """logp_NT by the definition: the model in eval mode, a row at a time, no padding, no mask, no cache."""
-    model, was_training = policy.model, policy.model.training
+    model, was_training, precision = policy.model, policy.model.training, exact(policy).precision
     logp_NT = torch.zeros(rows.completion_NT.shape, device=policy.device)
     model.eval()
     try:
         for row, (prompt, completion) in enumerate(zip(rows.prompt_ids(), rows.completion_ids(), strict=True)):
             ids_1L = torch.tensor([prompt + completion], device=policy.device)
-            with exact(policy).precision.autocast():
+            with precision.autocast():
                 logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0].float()
-            logp_LV = (logits_LV / temperature).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+            logp_LV = logits_LV.log_softmax(dim=-1)[len(prompt) - 1 : -1]
             logp_NT[row, : len(completion)] = logp_LV.gather(-1, ids_1L[0, len(prompt) :, None]).squeeze(-1)
     finally:
         model.train(was_training)
