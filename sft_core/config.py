@@ -217,18 +217,18 @@ class FolderConfig:
 
     def _check_folder(self, going_on: bool) -> None:
         folder = Path(self.output_dir)
-        found = [entry.name for entry in folder.iterdir()] if self.output_dir and folder.is_dir() else []
-        a_run = "config.yaml" in found and ("provenance.json" in found or len(found) == 1)  # else somebody's own
+        found = {entry.name for entry in folder.iterdir()} if self.output_dir and folder.is_dir() else set()
+        # A run that was killed in its first moments leaves these, and config.yaml alone.
+        found -= {"config.yaml.unfinished", "provenance.json.unfinished"}
+        a_run = found == {"config.yaml"} or found >= {"config.yaml", "provenance.json"}  # else somebody's own
         require(
             not a_run or self.overwrite or going_on,
             "output_dir",
             self.output_dir,
             "a folder that is new or empty; this one holds a run, which --overwrite deletes and --resume goes on with",
         )
-        # A run that was stopped in its first moments leaves an unfinished config.
-        strangers = [name for name in found if not name.startswith("config.yaml")]
         require(
-            (a_run or not strangers) and not (self.output_dir and folder.is_file()),
+            (a_run or not found) and not (self.output_dir and folder.is_file()),
             "output_dir",
             self.output_dir,
             "a folder that is new or empty, or holds a run: other files are never touched",

@@ -97,6 +97,8 @@ def test_a_pipeline_resumes_with_the_settings_that_it_began_with(
 def test_overwrite_begins_every_stage_anew(model: Path, tmp_path: Path) -> None:
     sft = SMALL[: SMALL.index("--grpo.max_steps")]
     argv = ["--mode", "sft", "--model", str(model), *sft, "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pipeline.yaml.unfinished").write_text("mode: s")  # killed in its first moments
     main(argv)
     first = weights(tmp_path / "out" / "sft")
     (tmp_path / "out" / "grpo" / "final").mkdir(parents=True)  # of an earlier --mode both

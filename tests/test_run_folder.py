@@ -18,6 +18,7 @@ import yaml
 
 import grpo_core.step
 import grpo_core.train
+import sft_core.run.checkpoint
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
 from sft_core.config import FREE_ON_RESUME
@@ -131,11 +132,18 @@ def test_a_folder_with_other_peoples_files_is_refused_under_every_flag(
     assert contents(folder) == before
 
 
-def test_a_run_killed_in_its_first_moments_can_be_started_again(model: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+@pytest.mark.parametrize("flag", [[], ["--resume"]])
+def test_a_run_killed_while_it_writes_its_first_files_can_be_started_again(
+    write: int, flag: list[str], model: Path, whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml.unfinished").write_text("model: ti")
-    assert ended(command(model, run)).code == 0
+    # config.yaml and provenance.json: each goes to disk as a file, then as an entry of its folder.
+    assert ended(command(model, run), partial(on_call, sft_core.run.checkpoint, "to_disk", write, dies)).code == 9
+    assert not (run / "log.jsonl").exists()
+    again = flag or ["--overwrite"] * (run / "config.yaml").exists()
+    end = ended(command(model, run, *again))
+    assert end.code == 0, end.text
     assert differences(whole, run) == []
 
 

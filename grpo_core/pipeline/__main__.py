@@ -48,7 +48,7 @@ from sft_core.dryrun import sft_plan
 from sft_core.errors import Refused
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
-from sft_core.run.checkpoint import not_saved, write_text, write_whole
+from sft_core.run.checkpoint import UNFINISHED, not_saved, write_text, write_whole
 from sft_core.run.plan_lines import UNTOUCHED
 
 PREPARE: dict[str, Any] = {
@@ -210,7 +210,8 @@ def _check_folder(settings: Settings) -> None:
         raise ValueError(
             f"--output_dir {folder}: holds a pipeline; --resume continues it, --overwrite deletes its stages"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if found - {SETTINGS + UNFINISHED} and not file.is_file():  # that one is left by a kill in the first moments
         raise ValueError(f"--output_dir {folder}: expected a folder that is new or empty, or holds a pipeline")
     if file.is_file() and settings.resume:
         begun = understood(["--config", str(file), "--output_dir", str(folder), "--resume"], {})
