@@ -61,6 +61,7 @@ class EvalJob:
                 config.temperature,
                 config.seed,
             )
+            folder.note(checks=policy.checks)
             append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
             self.report(result, folder)
         return folder.path

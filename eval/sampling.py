@@ -11,8 +11,7 @@ quarter of the rows have ended, they leave the batch, and the others continue wi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers import (
     TextStreamer,
 )
 
+from eval.around import equal_lengths, ready_to_generate
 from sft_core.learn.rows import Rows, pad
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.half import half_twin
@@ -61,13 +61,19 @@ def sample(
     policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, streamer: TextStreamer | None = None
 ) -> Samples:
     """One completion for each prompt (token lists), in one batch; `streamer` shows a single one as it is drawn."""
-    prompt_NP = pad(prompts, policy.pad_id, "left").to(policy.device)
-    prompt_len_N = torch.tensor([len(p) for p in prompts], device=policy.device)
-    completion_NT, logp_NT = _generate(policy, prompts, prompt_NP, prompt_len_N, sampling, streamer)
+    device, N = policy.device, len(prompts)
+    completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
+    logp_NT = torch.zeros(completion_NT.shape if sampling.temperature else (N, 0), device=device)
+    for batch in [list(range(N))] if policy.pads else equal_lengths(prompts):
+        _generate(policy, prompts, batch, sampling, completion_NT, logp_NT, streamer)
     completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
-    rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, completion_len_N, prompt_NP.shape[1])
+    prompt_NP, T = pad(prompts, policy.pad_id, "left").to(device), int(completion_len_N.max())
+    prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
+    ids_NL = torch.cat([prompt_NP, completion_NT[:, :T]], dim=1)
+    rows = Rows(ids_NL, prompt_len_N, completion_len_N, prompt_NP.shape[1])
     texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
-    return Samples(rows, texts, ~ended_N, torch.where(rows.mask_NT, logp_NT, 0.0) if sampling.temperature else logp_NT)
+    logp_NT = torch.where(rows.mask_NT, logp_NT[:, :T], 0.0) if sampling.temperature else logp_NT
+    return Samples(rows, texts, ~ended_N, logp_NT)
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -86,28 +92,29 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
 def _generate(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
-    prompt_NP: Tensor,
-    prompt_len_N: Tensor,
+    batch: Sequence[int],
     sampling: Sampling,
+    completion_NT: Tensor,
+    logp_NT: Tensor,
     streamer: TextStreamer | None,
-) -> tuple[Tensor, Tensor]:
-    """completion_NT, each row's tokens and then padding; logp_NT, float32, at the temperature, before any cut."""
-    device, (N, P), budget = policy.device, prompt_NP.shape, sampling.max_completion_tokens
-    completion_NT = torch.full((N, budget), policy.pad_id, device=device)
-    logp_NT = torch.zeros(N, budget if sampling.temperature else 0, device=device)
+) -> None:
+    """Fill the rows `batch` of completion_NT, and of logp_NT: at the temperature, before any cut."""
+    device, budget = policy.device, sampling.max_completion_tokens
+    ids = pad([prompts[row] for row in batch], policy.pad_id, "left").to(device)
+    P, prompt_len_N = ids.shape[1], torch.tensor([len(prompts[row]) for row in batch], device=device)
     # None: `generate` makes a cache of the model's own kind.
     cache: Any = DynamicCache(config=policy.model.config) if policy.prefill or policy.rows_leave else None
     width = 0  # tokens drawn until now
     with (
         torch.inference_mode(),
         half_twin(policy.model, policy.half_dtype) as model,
-        _ready_to_generate(model),
+        ready_to_generate(model),
         policy.precision.autocast(),
     ):
-        attention_NP = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
+        attention = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
         if policy.prefill:
-            prefill_once(cache, model, prompts, prompt_NP, attention_NP)
-        alive, ids, attention = torch.arange(N, device=device), prompt_NP, attention_NP
+            prefill_once(cache, model, prompts, ids, attention)
+        alive = torch.tensor(batch, device=device)
         while len(alive) and width < budget:
             recorder = _LogprobRecorder(sampling.temperature, policy.eos_ids[0])
             enough = _SomeHaveEnded(policy.eos_ids, P + width)
@@ -131,13 +138,12 @@ def _generate(
             attention = torch.nn.functional.pad(attention[going], (0, P + end - attention.shape[1]), value=1)
             if cache is not None and len(alive):
                 cache.batch_select_indices(going)
-    # Outside inference mode a copy is a tensor that autograd may save.
-    return completion_NT[:, :width].clone(), logp_NT[:, :width].clone()
 
 
 def _generation_config(policy: Policy, sampling: Sampling, tokens: int) -> GenerationConfig:
     """All of `generate`'s settings. The model's own (repetition penalty, top-k, top-p) are not inherited."""
     config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
+    config.use_cache = policy.cached
     if sampling.temperature:
         config.update(do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         config.update(min_p=sampling.min_p or None)
@@ -204,17 +210,3 @@ class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
             chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
             self.logp.append(chosen_N - self.normalizer_N)
             self.pending = None
-
-
-@contextlib.contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """In eval mode, so that dropout is off and gradient checkpointing does not disable the cache, and with an empty
-    generation config on the model: `generate` fills whatever ours leaves unset from the model's."""
-    was_training, shipped = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = shipped
-        model.train(was_training)

@@ -197,6 +197,7 @@ def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
     held = learner.reference is not None or is_adapted(learner.policy.model)
     identity = {"task": job.task.identity, "model": weights_identity(learner.policy) if held else ""}
     progress = Progress(folder, config, learner.policy, learner.optimizer, parts, identity)
+    folder.note(checks=learner.policy.checks)
     return GRPORun(job, folder, learner, prompts, progress)
 
 

@@ -165,7 +165,9 @@ def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
     # Weights that no checkpoint holds: those below an adapter.
     identity = {"task": job.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
     optimizer = Optimizer(policy, config, job.steps)
-    return SFTRun(job, folder, policy, optimizer, Progress(folder, config, policy, optimizer, {}, identity))
+    progress = Progress(folder, config, policy, optimizer, {}, identity)
+    folder.note(checks=policy.checks)
+    return SFTRun(job, folder, policy, optimizer, progress)
 
 
 def run(job: SFTJob) -> Path:

@@ -16,12 +16,12 @@ import torch
 from eval.sampling import Samples
 from grpo_core.config import LOSSES
 from grpo_core.metrics import Tally
-from grpo_core.step import StepReport, sample_groups
+from grpo_core.step import StepReport
 from rewards import Reward
 from sft_core.model.policy import Policy
 from tests import naive
+from tests.drawn import of_many_lengths, samples_where
 from tests.helpers import (
-    EXAMPLES,
     FAMILIES,
     Family,
     caught,
@@ -49,10 +49,7 @@ def policy_of(family: Family) -> Policy:
 @lru_cache
 def samples_of(family: Family) -> Samples:
     """Completions of many lengths, some of them cut off by the budget; sampled once for all tests."""
-    torch.manual_seed(3)
-    samples = sample_groups(policy_of(family), EXAMPLES, grpo_config(**SIZES))
-    assert samples.truncated_N.any() and samples.rows.completion_len_N.unique().numel() > 3
-    return samples
+    return samples_where(of_many_lengths, policy_of(family), grpo_config(**SIZES), seed=3)
 
 
 def tweaked_lengths(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float | None]:

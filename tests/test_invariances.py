@@ -14,13 +14,12 @@ from torch import Tensor
 from eval.sampling import Samples
 from grpo_core.config import LOSSES, GRPOConfig
 from grpo_core.metrics import Tally, step_record
-from grpo_core.step import sample_groups
 from grpo_core.variants import kept_tokens
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows
 from sft_core.model.policy import Policy
+from tests.drawn import of_many_lengths, samples_where
 from tests.helpers import (
-    EXAMPLES,
     FAMILIES,
     PEFT_IS_BEHIND,
     Family,
@@ -63,12 +62,9 @@ def policy_of(family: Family, dtype: torch.dtype = torch.float64) -> Policy:
 
 @lru_cache
 def samples_of(family: Family) -> Samples:
-    """Eight completions, sampled once for all tests; of several lengths, two cut off, behind prompts of two lengths."""
-    torch.manual_seed(1)
-    samples = sample_groups(policy_of(family), EXAMPLES, config_of("dapo"))
-    rows = samples.rows
-    assert rows.completion_len_N.unique().numel() > 3 and rows.prompt_len_N.unique().numel() == 2
-    assert samples.truncated_N.any() and not samples.truncated_N.all()
+    """Eight completions, sampled once for all tests; of several lengths, some cut off, behind two lengths of prompt."""
+    samples = samples_where(of_many_lengths, policy_of(family), config_of("dapo"), seed=1)
+    assert samples.rows.prompt_len_N.unique().numel() == 2
     return samples
 
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import eval.sampling
+from eval.sampling import Sampling, sample
 from eval.trust import trusted, trusted_sampler
 from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.trust import largest_difference, plain_logprobs, probe_rows, refuse_dropout, trusted_learner
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
-from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, tiny_policy, tokenizer
+from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, tiny_policy
 
 SHORTCUTS = ("share_prompts", "split_head", "prefill", "rows_leave")
 
@@ -163,55 +164,44 @@ def test_dropout_that_is_left_on_is_refused() -> None:
     refuse_dropout(tiny_policy("gpt2"))
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-SMALL |= {"num_hidden_layers": 2, "max_position_embeddings": 128}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-# Families that differ in kind: their settings, and the shortcuts that are wrong or fail there.
-KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "llama": (SMALL, set()),
-    "granite": (SMALL | {"logits_scaling": 4.0}, set()),  # a scale that is known
-    "cohere": (SMALL | {"logit_scale": 0.25}, {"split_head"}),  # one that is not
-    "gptj": (GPT | {"rotary_dim": 4}, {"share_prompts"}),  # packed rows
-    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, {"share_prompts"}),  # ALiBi
-    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, {"share_prompts"}),
-    "mixtral": (SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}, set()),
-    "mamba": (
-        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-        {"share_prompts", "prefill", "rows_leave"},
-    ),
-    "qwen3_5_text": (
-        SMALL | LINEAR | {"num_hidden_layers": 4, "head_dim": 8},
-        {"share_prompts", "prefill", "rows_leave"},
-    ),
-    "lfm2": (
-        SMALL | {"block_ff_dim": 64, "layer_types": ["conv", "full_attention"]},
-        {"share_prompts", "prefill", "rows_leave"},
-    ),
-}
+def test_a_sampler_that_draws_at_another_temperature_than_it_notes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = eval.sampling._generation_config
+
+    def colder(policy: Policy, sampling: Sampling, tokens: int) -> Any:
+        return real(policy, replace(sampling, temperature=0.7 * sampling.temperature), tokens)
+
+    monkeypatch.setattr(eval.sampling, "_generation_config", colder)
+    with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
+        trusted_sampler(tiny_policy())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_of_each_kind_is_learned_from_as_it_is(kind: str) -> None:
-    settings, wrong = KINDS[kind]
-    special = {name: tokenizer().eos_token_id for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer()), **special, **settings)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for p in model.parameters():
-            if p.dim() > 1:  # logits far from uniform, on which most faults are invisible
-                torch.nn.init.normal_(p, std=0.3)
-    found = trusted(replace(tiny_policy(), model=model))
-    assert set(SHORTCUTS) - on(found) == wrong and agrees(found)
+def test_a_sampler_that_cuts_off_what_nobody_asked_it_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = eval.sampling._generation_config
+
+    def cut(policy: Policy, sampling: Sampling, tokens: int) -> Any:
+        return real(policy, replace(sampling, top_k=3), tokens)
+
+    monkeypatch.setattr(eval.sampling, "_generation_config", cut)
+    with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
+        trusted_sampler(tiny_policy())
 
 
-def test_a_recurrent_model_whose_state_reads_the_padding_is_refused() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            "rwkv", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, vocab_size=375
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with pytest.raises(Refused, match="the sampler does not compute what the plain model does"):
-        trusted(replace(tiny_policy(), model=model))
+def test_a_model_that_reads_its_padding_gets_prompts_of_one_length_at_a_time() -> None:
+    policy = tiny_policy()
+
+    def unmasked(real: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return real(*args, **kwargs)
+
+    wrapped(policy.model, unmasked)
+    found = trusted_sampler(policy)
+    assert on(found) == {"share_prompts", "split_head"} and found.cached and not found.pads
+
+
+def test_completions_of_prompts_of_one_length_at_a_time_are_those_of_each_prompt_alone() -> None:
+    policy = replace(tiny_policy(), prefill=False, rows_leave=False, pads=False)
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [10], [11, 12]]
+    together = sample(policy, prompts, Sampling(6, temperature=0))
+    alone = [sample(policy, [prompt], Sampling(6, temperature=0)).rows.completion_ids()[0] for prompt in prompts]
+    assert together.rows.completion_ids() == alone and together.rows.prompt_ids() == prompts
+    drawn = sample(policy, prompts, Sampling(6))
+    assert largest_difference(drawn.logp_NT, plain_logprobs(policy, drawn.rows), drawn.rows) < 1e-4

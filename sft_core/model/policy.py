@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sft_core.precision import Precision, pick_device, pick_precision
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
+FUSED_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # peft refuses their out_proj
 PLAIN_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 
 
@@ -44,7 +45,10 @@ class Policy:
     split_head: bool = True  # logits are head(backbone), of the tokens that are scored alone
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
     rows_leave: bool = True  # completions that have ended leave the batch while it is sampled
+    pads: bool = True  # prompts of unlike lengths are sampled in one batch
+    cached: bool = True  # the sampler computes each token once
     half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
+    checks: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # what trying the shortcuts found
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +175,9 @@ def attends_to_everything(config: Any) -> bool:
     """Whether every layer is attention over the whole text, which a mask can cut to one prompt and one completion: not
     so with sliding windows, recurrent states or convolutions."""
     kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
-    return hasattr(config, "num_attention_heads") and all(kind.startswith("full") for kind in kinds)
+    # Not asked by hasattr, which raises where layers differ in their number of heads.
+    attends = "num_attention_heads" in {*dir(config), *config.attribute_map}
+    return attends and all(kind.startswith("full") for kind in kinds)
 
 
 def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
@@ -180,7 +186,9 @@ def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:
     Qwen2.5-Instruct has two: <|im_end|> ends a turn, <|endoftext|> ends a document; the model may stop with either.
     """
     found: list[int] = []
-    for ids in (tokenizer.eos_token_id, source.generation_config.eos_token_id, source.model_config.eos_token_id):
+    # Models that read pictures, too, keep the text's settings one level down.
+    configs = (source.generation_config, source.model_config, source.model_config.get_text_config())
+    for ids in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not found:
         raise ValueError(f"--model {source.base}: has no end-of-sequence token, so its completions would never end")
@@ -211,14 +219,29 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
             with safe_open(Path(source.adapter) / "adapter_model.safetensors", framework="pt") as weights:
                 _refuse_lacking(_adapter_names(model) - set(weights.keys()))
             return model
+    everywhere = config.lora_targets == ["all-linear"]
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets,
+        target_modules=config.lora_targets[0] if everywhere else config.lora_targets,
+        exclude_modules=_no_place_for_lora(model) if everywhere else None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with refused(f"--lora_targets {' '.join(config.lora_targets)}"):
+        return get_peft_model(model, lora)
+
+
+def _no_place_for_lora(model: Any) -> list[str]:
+    """Linear layers that cannot have an adapter: routers that return more than a product (Llama 4), and those whose
+    weights fused kernels read by themselves."""
+    fused = model.config.model_type in FUSED_OUT_PROJ
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and ("Router" in type(module).__name__ or (fused and name.endswith(".out_proj")))
+    ]
 
 
 def _whole_model(name: str, **options: Any) -> Any:
@@ -265,11 +288,12 @@ def _some(names: Collection[str]) -> str:
 
 
 def without_dropout(model: Any) -> None:
-    """Turn off every dropout for good. In GRPO the sampler (eval mode) and the learner (train mode, which gradient
-    checkpointing needs) must be the same distribution, or the ratio does not start at 1."""
+    """Turn off every dropout, and every router's jitter, for good. In GRPO the sampler (eval mode) and the learner
+    (train mode, which gradient checkpointing needs) must be the same distribution, or the ratio does not start at 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):  # attention layers keep theirs as a plain number
+            # Attention layers keep theirs as a plain number.
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -38,6 +38,32 @@ def provenance(seed: int | None) -> dict[str, Any]:
     }
 
 
+def last_start(about: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's provenance, the part about its latest start or resume."""
+    resumed: list[dict[str, Any]] = about.get("resumed") or [about]
+    return resumed[-1]
+
+
+def what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Processor, threads, devices and versions on which the bits of a result depend, where they are others now.
+
+    >>> here = {"hardware": ["AMD EPYC, 2 threads"], "versions": {"torch": "2.13.0", "python": "3.11.7"}}
+    >>> there = {"hardware": ["Intel Xeon, 2 threads"], "versions": {"torch": "2.14.1", "python": "3.11.7"}}
+    >>> what_changed(here, there)
+    'AMD EPYC, 2 threads, now Intel Xeon, 2 threads; torch 2.13.0, now 2.14.1'
+    >>> what_changed(here, here)
+    ''
+    """
+    changed = []
+    if before["hardware"] != now["hardware"]:
+        changed.append(f"{' + '.join(before['hardware'])}, now {' + '.join(now['hardware'])}")
+    for package in ("torch", "transformers", "peft"):
+        then, today = (about["versions"].get(package) for about in (before, now))
+        if then != today:
+            changed.append(f"{package} {then}, now {today}")
+    return "; ".join(changed)
+
+
 def shown_flags(flags: Sequence[str]) -> str:
     """A command's flags for a record that others read: of absolute paths, the last part.
 

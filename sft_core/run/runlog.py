@@ -46,7 +46,7 @@ from sft_core.run.checkpoint import (
     write_text,
     write_whole,
 )
-from sft_core.run.provenance import provenance
+from sft_core.run.provenance import last_start, provenance, what_changed
 from sft_core.run.trackers import Trackers
 
 # Loading and saving are announced by this project where they matter; the libraries' own bars would tear ours apart.
@@ -119,14 +119,24 @@ class RunFolder:
                     print(f"{later} is later: it is set aside as {set_aside(later).name}", file=sys.stderr)
             for name, size in load_numbers(checkpoint)["logs"].items():
                 _cut(self.path / name, size)
-            self._note(step_of(checkpoint))
+            self._note_resume(step_of(checkpoint))
             self._show()
 
-    def _note(self, step: int) -> None:
+    def note(self, **found: Any) -> None:
+        """Add to what provenance.json says of this start of the run."""
         with suppress(OSError, ValueError):  # provenance that somebody has deleted is no reason to stop
-            begun = json.loads((self.path / "provenance.json").read_text())
-            again = {"after_step": step, **provenance(getattr(self.config, "seed", None))}
-            _write_json(self.path / "provenance.json", {**begun, "resumed": [*begun.get("resumed", []), again]})
+            about = json.loads((self.path / "provenance.json").read_text())
+            last_start(about).update(found)
+            _write_json(self.path / "provenance.json", about)
+
+    def _note_resume(self, step: int) -> None:
+        with suppress(OSError, ValueError):
+            about = json.loads((self.path / "provenance.json").read_text())
+            now = {"after_step": step, **provenance(getattr(self.config, "seed", None))}
+            if changed := what_changed(last_start(about), now):
+                print(f"the run continues elsewhere, so not to the same bits: {changed}", file=sys.stderr)
+            about.setdefault("resumed", []).append(now)
+            _write_json(self.path / "provenance.json", about)
 
     def _show(self) -> None:
         """Open the trackers, and send them what the logs hold."""

@@ -65,8 +65,8 @@ BUGS = [
         7,
         "attention's dropout forgotten",
         "sft_core/model/policy.py",
-        """            if "dropout" in name and isinstance(value, float):""",
-        """            if "dropout" in name and isinstance(value, float) and "attention" not in name:""",
+        """            if ("dropout" in name or "jitter" in name) and isinstance(value, float):""",
+        """            if "dropout" in name and "attention" not in name and isinstance(value, float):""",
         "Attention layers keep their dropout as a plain number, not as a module; a loop over `nn.Dropout` misses it.",
         (f"{STEP}test_a_model_with_dropout_samples_and_learns_one_distribution",),
     ),
@@ -93,8 +93,8 @@ BUGS = [
         7,
         "autocast in the learner alone",
         "eval/sampling.py",
-        "        _ready_to_generate(model),\n        policy.precision.autocast(),\n",
-        "        _ready_to_generate(model),\n",
+        "        ready_to_generate(model),\n        policy.precision.autocast(),\n",
+        "        ready_to_generate(model),\n",
         "The sampler runs in float32 and the learner in half precision: two slightly different policies, and "
         "generation at a fraction of the speed.",
         (f"{SAMPLING}test_the_sampler_computes_in_the_learners_precision",),
@@ -102,10 +102,10 @@ BUGS = [
     Mutation(
         16,
         "checkpointing stays on while generating",
-        "eval/sampling.py",
+        "eval/around.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    for module in model.modules():\n"
-        "        if isinstance(module, torch.nn.Dropout):\n"
+        "        if type(module).__name__ == 'Dropout':\n"
         "            module.eval()\n"
         "    model.generation_config = GenerationConfig()\n",
         "Checkpointed layers in train mode do without the cache. Older releases of transformers recompute the prefix "
@@ -117,8 +117,8 @@ BUGS = [
         16,
         "use_cache is off",
         "eval/sampling.py",
-        "GenerationConfig(max_new_tokens=",
-        "GenerationConfig(use_cache=False, max_new_tokens=",
+        "    config.use_cache = policy.cached\n",
+        "    config.use_cache = False\n",
         "Training code sets it against a warning; left so, every token recomputes the whole prefix. Nothing is wrong "
         "but the time, which is quadratic.",
         (f"{SAMPLING}test_gradient_checkpointing_leaves_the_cache_on",),
@@ -178,7 +178,7 @@ BUGS = [
     Mutation(
         24,
         "sampling in train mode",
-        "eval/sampling.py",
+        "eval/around.py",
         "    model.eval()\n    model.generation_config = GenerationConfig()\n",
         "    model.generation_config = GenerationConfig()\n",
         "With dropout, each token is drawn from another random thinning of the policy.",
@@ -187,7 +187,7 @@ BUGS = [
     Mutation(
         24,
         "the mode is not put back",
-        "eval/sampling.py",
+        "eval/around.py",
         "        model.train(was_training)\n",
         "        model.eval()\n",
         "After the first sampling the learner is in eval mode: gradient checkpointing silently stops, and memory runs "
@@ -197,7 +197,7 @@ BUGS = [
     Mutation(
         25,
         "the model's generation settings are inherited",
-        "eval/sampling.py",
+        "eval/around.py",
         "    model.generation_config = GenerationConfig()\n    try:",
         "    try:",
         "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "

@@ -1,0 +1,35 @@
+"""What the sampler needs around `generate`: a model that is ready, and batches that need no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+def equal_lengths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts' places, those of equal lengths together.
+
+    >>> equal_lengths([[5, 6], [7], [8, 9]])
+    [[0, 2], [1]]
+    """
+    batches: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        batches.setdefault(len(prompt), []).append(place)
+    return list(batches.values())
+
+
+@contextmanager
+def ready_to_generate(model: Any) -> Iterator[None]:
+    """In eval mode, so that dropout is off and gradient checkpointing does not disable the cache, and with an empty
+    generation config on the model: `generate` fills whatever ours leaves unset from the model's."""
+    was_training, shipped = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+        model.train(was_training)
