@@ -32,7 +32,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.runlog import append_jsonl
 from sft_core.run.trained import find_both, model_first
-from sft_core.text.prompts import FORMATS, encode_prompt, prompt_messages
+from sft_core.text.prompts import FORMATS, prompt_ids
 from sft_core.text.tasks import Example
 
 KEPT = "asked.jsonl"
@@ -177,7 +177,7 @@ class AskJob:
     def _answer(self, policy: Policy, question: Question) -> dict[str, Any] | None:
         """Ask one question, show the answer and keep it; None if it cannot be asked."""
         config = self.config
-        prompt = encode_prompt(policy.tokenizer, prompt_messages(Example(question.text, "", ""), config))
+        prompt = prompt_ids(policy.tokenizer, Example(question.text, "", ""), config)
         if len(prompt) > config.max_prompt_tokens:
             limit = f"--max_prompt_tokens {config.max_prompt_tokens}"
             print(

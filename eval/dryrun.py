@@ -8,7 +8,7 @@ from eval.config import EvalConfig
 from eval.trust import trusted_sampler
 from sft_core.model.source import Source
 from sft_core.run.plan_lines import GB, answers_text, folder_line, lengths_text, loaded, model_line, plan_text
-from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.prompts import prompt_ids
 from sft_core.text.tasks import Example
 
 
@@ -16,7 +16,7 @@ def eval_plan(config: EvalConfig, source: Source, heldout: Sequence[Example]) ->
     """What an evaluation of these problems would do."""
     with loaded(config, source) as (policy, _):
         trusted_sampler(policy)
-        prompts = [len(encode_prompt(policy.tokenizer, prompt_messages(example, config))) for example in heldout]
+        prompts = [len(prompt_ids(policy.tokenizer, example, config)) for example in heldout]
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         lines = {
             "task": f"{config.task}: {len(heldout):,} problems; {config.prompt_format} answers, {config.shots} shots",

@@ -21,7 +21,7 @@ from sft_core.config import TaskConfig
 from sft_core.learn.clock import bar_seconds
 from sft_core.model.policy import Policy
 from sft_core.run.checkpoint import random_state, set_random_state
-from sft_core.text.prompts import FORMATS, encode_prompt, prompt_messages
+from sft_core.text.prompts import FORMATS, prompt_ids
 from sft_core.text.tasks import Example
 
 
@@ -184,7 +184,7 @@ def evaluate(
     that its prompt is encoded once. The samples depend on `seed` and the batch size alone, and the caller's random
     state (that of training) is restored afterwards.
     """
-    prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, task)) for example in examples]
+    prompts = [prompt_ids(policy.tokenizer, example, task) for example in examples]
     # Longest first: memory runs out in the first batch or never.
     by_length = sorted(range(len(examples)), key=lambda i: len(prompts[i]), reverse=True)
     replies: dict[int, list[Reply]] = {i: [] for i in by_length}

@@ -38,7 +38,7 @@ from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows
 from sft_core.model.policy import Policy
-from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.prompts import prompt_ids
 from sft_core.text.tasks import Example
 
 # The columns that reward functions receive: three fields of an `Example`, the sampled ids, two sizes of the budget.
@@ -87,7 +87,7 @@ class StepReport:
 
 def sample_groups(policy: Policy, examples: Sequence[Example], config: GRPOConfig) -> Samples:
     """G completions for each example, side by side: rows b * G .. b * G + G - 1 belong to example b."""
-    prompts = [encode_prompt(policy.tokenizer, prompt_messages(example, config)) for example in examples]
+    prompts = [prompt_ids(policy.tokenizer, example, config) for example in examples]
     return sample(policy, [prompt for prompt in prompts for _ in range(config.group_size)], config.sampling)
 
 

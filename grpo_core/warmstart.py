@@ -50,6 +50,7 @@ def _settings(config: GRPOConfig) -> SFTConfig:
         "prompt_format",
         "shots",
         "system_prompt",
+        "chat_template_kwargs",
         "max_prompt_tokens",
         "eval_problems",
         "seed",

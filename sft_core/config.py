@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from sft_core.errors import require
+from sft_core.pairs import read_pairs
 from sft_core.precision import pick_device
 
 
@@ -32,9 +33,11 @@ class PromptConfig:
     system_prompt: str | None = flag(
         None, "replaces the format's system prompt; '' sends none (chat templates may add their own)"
     )
+    chat_template_kwargs: list[str] = flag([], "name=value pairs for the chat template, such as enable_thinking=true")
     max_prompt_tokens: int = flag(256, "the longest prompt, in tokens")
 
     def check(self) -> None:
+        read_pairs("--chat_template_kwargs", self.chat_template_kwargs)
         require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
         require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "1 or more")
 

@@ -15,7 +15,7 @@ from sft_core.names import known_names
 # The flags of all programs by what they are about. Plain --help shows those before the bar.
 GROUPS = {
     "data": "task question questions | prompt_format eval_file difficulty max_samples eval_problems long_prompts "
-    "max_prompt_tokens shots system_prompt worked_share",
+    "max_prompt_tokens shots system_prompt chat_template_kwargs worked_share",
     "model": "model lora | adapter_path from_scratch config_overrides lora_r lora_alpha lora_dropout lora_targets "
     "device precision merge",
     "sampling": "prompts_per_step group_size max_completion_tokens samples | temperature top_k top_p min_p "

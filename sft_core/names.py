@@ -161,6 +161,7 @@ SHARED: dict[str, str] = {
     "top_k": "",
     "top_p": "",
     "min_p": "",
+    "chat_template_kwargs": "name=value pairs here, a dictionary there; `enable_thinking` is off unless it is given",
     "beta": "",
     "epsilon_high": "CISPO's weight is bounded by 1 + this (the paper), there by this itself",
     "delta": "off: 0 here, None there",

@@ -39,9 +39,8 @@ from sft_core.text.prompts import (
     FORMATS,
     demonstration,
     encode_completion,
-    encode_prompt,
     is_terse,
-    prompt_messages,
+    prompt_ids,
 )
 from sft_core.text.tasks import Example
 
@@ -53,7 +52,7 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
     fmt = FORMATS[config.prompt_format]
     prompts, completions = [], []
     for example in examples:
-        prompts.append(encode_prompt(policy.tokenizer, prompt_messages(example, config)))
+        prompts.append(prompt_ids(policy.tokenizer, example, config))
         text = demonstration(example, fmt, is_terse(example, config.worked_share))
         ids = encode_completion(policy.tokenizer, text, policy.eos_ids[0])
         completions.append(ids[: config.max_completion_tokens])

@@ -93,7 +93,7 @@ def undeclared(source: str, path: str) -> list[str]:
 # a file of the package; REST stands for its other files.
 REST = "..."
 ROOMS: dict[str, tuple[str, ...]] = {
-    "sft_core": ("errors precision config", "text", "model", "learn", "run", REST),
+    "sft_core": ("errors precision pairs config", "text", "model", "learn", "run", REST),
     "grpo_core": (REST, "memory", "doctor", "job warmstart dryrun train one_page", "pipeline"),
 }
 LONGEST = 300  # lines of a file

@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from sft_core.config import ModelConfig
 from sft_core.errors import refused
 from sft_core.model import tiny
+from sft_core.pairs import read_pairs
 
 
 @dataclass(frozen=True)
@@ -165,21 +166,14 @@ def stages_in(folder: Path) -> str:
 
 
 def _overrides(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    """`["hidden_size=64"]` as a dict, each value read as JSON.
-
-    >>> _overrides(["hidden_size=64", "hidden_act=gelu"], {"hidden_size": 896, "hidden_act": "silu"})
-    {'hidden_size': 64, 'hidden_act': 'gelu'}
     """
-    values = {}
+    >>> _overrides(["hidden_size=64"], {"hidden_size": 896})
+    {'hidden_size': 64}
+    """
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or key not in known:
+        if pair.partition("=")[0] not in known:
             raise ValueError(f"--config_overrides {pair}: expected key=value with a key of the model's config.json")
-        try:
-            values[key] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key] = text
-    return values
+    return read_pairs("--config_overrides", pairs)
 
 
 def check_context(source: Source | None, prompt_tokens: int, completion_tokens: int) -> None:

@@ -16,7 +16,7 @@ from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import Source, find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import checkpoints, step_of
-from sft_core.text.prompts import encode_prompt, prompt_messages
+from sft_core.text.prompts import prompt_ids
 from sft_core.text.tasks import Example, Task
 
 GB = 1e9
@@ -51,7 +51,7 @@ def some(task: Task) -> Sequence[Example]:
 
 def prompt_lengths(policy: Policy, task: Task, config: TaskConfig) -> list[int]:
     """Tokens of each training prompt."""
-    return [len(encode_prompt(policy.tokenizer, prompt_messages(example, config))) for example in some(task)]
+    return [len(prompt_ids(policy.tokenizer, example, config)) for example in some(task)]
 
 
 def mean(values: Sequence[int]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from rewards import extract_hash_answer, extract_xml_answer
 from sft_core.config import PromptConfig, TaskConfig
 from sft_core.errors import refused
+from sft_core.pairs import read_pairs
 from sft_core.text.tasks import Example
 
 Message = dict[str, str]
@@ -91,18 +92,29 @@ def prompt_messages(example: Example, config: PromptConfig) -> list[Message]:
     return [*messages, {"role": "user", "content": example.question}]
 
 
-def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Ids of the chat up to where the assistant begins to answer.
+def encode_prompt(tokenizer: Any, messages: list[Message], arguments: dict[str, Any] | None = None) -> list[int]:
+    """Ids of the chat up to where the assistant begins to answer. `arguments` are the template's own.
 
     Raises:
         ValueError: the template fails, or tries what its sandbox forbids.
     """
-    # enable_thinking: Qwen3's template opens an answer of its own with <think> unless this is False; others ignore it.
+    # Qwen3's template opens a <think> block of its own in the answer unless this is False; others ignore it.
+    options = {"enable_thinking": False, **(arguments or {})}
     with refused("the tokenizer's chat template (--system_prompt '' if it takes no system prompt)"):
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
         )
     return list(encoded["input_ids"])
+
+
+def prompt_ids(tokenizer: Any, example: Example, config: PromptConfig) -> list[int]:
+    """A problem's prompt.
+
+    Raises:
+        ValueError: as `encode_prompt`.
+    """
+    arguments = read_pairs("--chat_template_kwargs", config.chat_template_kwargs)
+    return encode_prompt(tokenizer, prompt_messages(example, config), arguments)
 
 
 def encode_completion(tokenizer: Any, text: str, eos_id: int) -> list[int]:
@@ -117,7 +129,7 @@ def drop_long_prompts(examples: list[Example], tokenizer: Any, config: TaskConfi
         ValueError: no example is left, or one would be left out under --long_prompts refuse.
     """
     limit = config.max_prompt_tokens
-    lengths = [len(encode_prompt(tokenizer, prompt_messages(example, config))) for example in examples]
+    lengths = [len(prompt_ids(tokenizer, example, config)) for example in examples]
     kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
     left_out = len(examples) - len(kept)
     if examples and not kept:
