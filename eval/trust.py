@@ -25,8 +25,8 @@ from sft_core.learn.trust import (
 )
 from sft_core.model.policy import Policy
 
-TOKENS = 6  # that each row draws
-LEAVERS = [0, 3]  # rows of unlike prompts, which then end at their second token
+TOKENS = 4  # that each row draws
+LEAVER = 0  # the row that then ends at its second token
 
 
 def trusted_sampler(policy: Policy) -> Policy:
@@ -58,8 +58,8 @@ def trusted_sampler(policy: Policy) -> Policy:
         drawn_by_NT = torch.cat(kept)[:, : truth_NT.shape[1]]
         found = [largest_difference(logp_NT, truth_NT, first.rows) for logp_NT in (first.logp_NT, drawn_by_NT)]
         if way.rows_leave:
-            ends = first.rows.completion_NT[LEAVERS, :2][:, -1].tolist()  # drawn again, as the seed is the same
-            second = drawn(replace(way, eos_ids=(*way.eos_ids, *ends)))
+            end = int(first.rows.completion_NT[LEAVER, :2][-1])  # drawn again, as the seed is the same
+            second = drawn(replace(way, eos_ids=(*way.eos_ids, end)))
             truth_NT = plain_logprobs(way, second.rows, TEMPERATURE)
             found.append(largest_difference(second.logp_NT, truth_NT, second.rows))
         return float(torch.tensor(found).max())  # NaN where one of them is
@@ -76,7 +76,8 @@ def probabilities_kept(model: Any) -> Iterator[list[Tensor]]:
     generate = type(model).generate
 
     def keeping(self: Any, **given: Any) -> Tensor:
-        output = generate(self, **given, output_scores=True, return_dict_in_generate=True)
+        given["generation_config"].update(output_scores=True, return_dict_in_generate=True)
+        output = generate(self, **given)
         logp_NTV = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
         drawn_NT = output.sequences[:, -logp_NTV.shape[1] :]
         logp_NT = logp_NTV.gather(-1, drawn_NT[..., None]).squeeze(-1)

@@ -30,6 +30,7 @@ from rewards import RewardError
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
 from sft_core.learn.clock import step_bar
+from sft_core.learn.trust import refuse_gap
 from sft_core.model.policy import is_adapted
 from sft_core.model.source import find_source
 from sft_core.run.checkpoint import write_text
@@ -105,6 +106,8 @@ class GRPORun:
             report = grpo_step(self.learner, examples)
 
             record = step_record(report)
+            if step == done + 1:
+                refuse_gap(record["sampler_gap_mean"], policy)
             bar.set_postfix(
                 reward=f"{record['reward_mean']:.2f}",
                 accuracy=f"{record['accuracy']:.0%}",
@@ -259,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return print(grpo_plan(job), UNTOUCHED, sep="\n")
             run = begin(job)
         if run:
-            run.finish()
+            with user_errors(Refused):
+                run.finish()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from sft_core.model.tiny import build_tokenizer
 from sft_core.precision import pick_precision
 from sft_core.text.tasks import Example
 
-# On models this small a second thread only waits for the first, for seconds where the machine is busy.
-torch.set_num_threads(1)
+# On models this small a second thread only waits for the first, for seconds where the machine is busy; CI asks for it.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 # For `pytest.mark.filterwarnings`: peft 0.21 asks transformers 5 for an attribute by its old name.
 PEFT_IS_BEHIND = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -165,6 +165,18 @@ def test_every_form_of_resume_comes_to_the_same_end(form: str, model: Path, whol
     assert differences(whole, run) == []
 
 
+def test_a_run_whose_sampler_and_learner_disagree_ends_after_its_first_step_in_one_line(
+    model: Path, tmp_path: Path
+) -> None:
+    def disagreeing() -> None:
+        real = grpo_core.train.step_record
+        grpo_core.train.step_record = lambda report: {**real(report), "sampler_gap_mean": 0.2}
+
+    end = ended(command(model, tmp_path / "run"), disagreeing)
+    assert_refused(end, "--model: sampler and learner disagree on the texts of the first step by 0.2 nats a token")
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_a_run_that_continues_on_another_processor_says_so_and_one_on_the_same_does_not(model: Path, run: Path) -> None:
     file = run / "provenance.json"
     about = json.loads(file.read_text())

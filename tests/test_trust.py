@@ -17,7 +17,14 @@ from eval.sampling import Sampling, sample
 from eval.trust import trusted, trusted_sampler
 from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs
-from sft_core.learn.trust import largest_difference, plain_logprobs, probe_rows, refuse_dropout, trusted_learner
+from sft_core.learn.trust import (
+    largest_difference,
+    plain_logprobs,
+    probe_rows,
+    refuse_dropout,
+    refuse_gap,
+    trusted_learner,
+)
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, tiny_policy
@@ -155,6 +162,14 @@ def test_a_model_that_scores_a_row_by_its_neighbours_is_refused() -> None:
     )
     with pytest.raises(Refused, match="--model: the learner does not compute what the plain model does"):
         trusted_learner(policy)
+
+
+def test_sampler_and_learner_that_disagree_on_the_first_texts_of_a_run_end_it_in_one_line() -> None:
+    policy = tiny_policy()
+    refuse_gap(1e-5, policy)
+    refuse_gap(0.2, tiny_policy(precision="bf16"))
+    with pytest.raises(Refused, match="--model: sampler and learner disagree on the texts of the first step"):
+        refuse_gap(0.2, policy)
 
 
 def test_dropout_that_is_left_on_is_refused() -> None:

@@ -29,8 +29,9 @@ from sft_core.precision import Precision
 # about 20. What is wrong in kind is mostly off by tenths of a nat; a state that read padding and forgot most of it, by
 # a thousandth.
 BOUNDS = {None: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+GAPS = {None: 0.01, torch.float16: 0.05, torch.bfloat16: 0.3}  # the same for the mean of whole completions
 TEMPERATURE = 0.8  # not 1, at which one that is forgotten changes nothing
-PROMPTS, COMPLETIONS = (13, 3), ((5, 2, 3), (3, 4))  # lengths in tokens of two groups
+PROMPTS, COMPLETIONS = (13, 3), ((5, 2), (3,))  # lengths in tokens of two groups
 
 
 class Way(NamedTuple):
@@ -80,6 +81,20 @@ def refuse_dropout(policy: Policy) -> None:
     off = largest_difference(scores[0], scores[1], rows)
     if not off <= BOUNDS[exact(policy).precision.autocast_dtype]:
         raise Refused(f"--model: dropout that cannot be switched off moves log-probabilities by {off:.2g} nats")
+
+
+def refuse_gap(mean_gap: float, policy: Policy) -> None:
+    """On the first texts of the run itself, which are longer than the probes.
+
+    Raises:
+        Refused: sampler and learner are further apart than rounding, in the mean of all tokens.
+    """
+    bound = GAPS[policy.precision.autocast_dtype]
+    if mean_gap > bound:  # NaN is `Optimizer.stop_if_lost`'s
+        raise Refused(
+            f"--model: sampler and learner disagree on the texts of the first step by {mean_gap:.2g} nats a token, "
+            f"{bound:g} is rounding; with this model nothing right would be learned"
+        )
 
 
 def first_that_agrees(ways: Sequence[Way], who: str, apart_by: Callable[[Policy], float]) -> Policy:

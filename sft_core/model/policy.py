@@ -233,15 +233,13 @@ def _adapt(model: Any, config: ModelConfig, source: Source) -> Any:
 
 
 def _no_place_for_lora(model: Any) -> list[str]:
-    """Linear layers that cannot have an adapter: routers that return more than a product (Llama 4), and those whose
-    weights fused kernels read by themselves."""
-    fused = model.config.model_type in FUSED_OUT_PROJ
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and ("Router" in type(module).__name__ or (fused and name.endswith(".out_proj")))
-    ]
+    """Linear layers that cannot have an adapter: those whose weights fused kernels read by themselves, and those that a
+    model computes in a way of its own (Llama 4's router), unless it does so everywhere (Falcon)."""
+    head, fused = model.get_output_embeddings(), model.config.model_type in FUSED_OUT_PROJ
+    linear = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    own = [name for name, each in linear.items() if type(each).__module__.startswith("transformers.")]
+    plain = [name for name, each in linear.items() if name not in own and each is not head]
+    return (own if plain else []) + [name for name in plain if fused and name.endswith(".out_proj")]
 
 
 def _whole_model(name: str, **options: Any) -> Any:

@@ -1,0 +1,90 @@
+"""The interfaces of other libraries that this project relies on, by name: a release that changes one fails here, with
+the file that has to follow."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# module:object: the parameters that are given by name (none: it must exist), and the file that does so.
+USED = {
+    "transformers:AutoModelForCausalLM.from_pretrained": ("", "sft_core/model/policy.py"),
+    "transformers:AutoModelForCausalLM.from_config": ("", "sft_core/model/policy.py"),
+    "transformers:GenerationMixin.generate": (
+        "generation_config logits_processor stopping_criteria streamer",
+        "eval/sampling.py",
+    ),
+    "transformers:DynamicCache.__init__": ("config", "eval/sampling.py"),
+    "transformers:DynamicCache.batch_select_indices": ("", "eval/sampling.py"),
+    "transformers:LogitsProcessor.__call__": ("input_ids scores", "eval/sampling.py"),
+    "transformers:StoppingCriteria.__call__": ("input_ids scores", "eval/sampling.py"),
+    "transformers:PreTrainedModel.get_output_embeddings": ("", "sft_core/model/backbone.py"),
+    "transformers:PreTrainedModel.base_model_prefix": ("", "sft_core/model/backbone.py"),
+    "transformers:PreTrainedConfig.get_text_config": ("", "sft_core/model/policy.py"),
+    "transformers:PreTrainedConfig.attribute_map": ("", "sft_core/model/policy.py"),
+    "transformers:PreTrainedTokenizerBase.apply_chat_template": (
+        "add_generation_prompt tokenize return_dict",
+        "sft_core/text/prompts.py",
+    ),
+    "transformers:Qwen2ForCausalLM.forward": (
+        "input_ids attention_mask position_ids past_key_values use_cache",
+        "sft_core/learn/logprobs.py",
+    ),
+    "transformers.pytorch_utils:Conv1D": ("", "sft_core/model/half.py"),
+    "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("", "benchmarks/families/__main__.py"),
+    "transformers.models.auto.configuration_auto:CONFIG_MAPPING": ("", "benchmarks/families/build.py"),
+    "peft:PeftModel.set_adapter": ("inference_mode", "grpo_core/reference.py"),
+    "peft:PeftModel.get_base_model": ("", "sft_core/model/backbone.py"),
+    "peft:LoraConfig.__init__": ("target_modules exclude_modules task_type", "sft_core/model/policy.py"),
+    "torch.utils.checkpoint:checkpoint": ("use_reentrant", "sft_core/learn/logprobs.py"),
+}
+
+
+@pytest.mark.parametrize("interface", USED)
+def test_an_interface_that_is_used_is_there_with_the_parameters_that_it_is_given(interface: str) -> None:
+    names, file = USED[interface]
+    module, path = interface.split(":")
+    found = attrgetter(path)(importlib.import_module(module))
+    if names:
+        missing = set(names.split()) - set(inspect.signature(found).parameters)
+        assert not missing, f"{file} gives {interface} {sorted(missing)}, which it no longer has"
+
+
+@pytest.mark.parametrize("interface", USED)
+def test_the_file_that_is_named_uses_the_interface(interface: str) -> None:
+    *owner, name = interface.split(":")[1].split(".")
+    names, file = USED[interface]
+    words = names.split() if name == "forward" else [owner[0] if name.startswith("__") else name]
+    text = (ROOT / file).read_text()
+    assert [word for word in words if word not in text and word != "past_key_values"] == []
+
+
+def test_what_generate_gives_back_holds_the_scores_that_it_drew_from() -> None:
+    """eval/trust.py reads them: they are after temperature and cuts, which a logits processor does not see."""
+    import torch
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    from tests.helpers import tiny_policy
+
+    seen = []
+
+    class Seen(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(scores)
+            return scores
+
+    policy = tiny_policy()
+    config = GenerationConfig(max_new_tokens=2, do_sample=True, temperature=0.5, top_k=0, pad_token_id=policy.pad_id)
+    drawn = policy.model.generate(
+        torch.tensor([[5, 6, 7]]),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([Seen()]),
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.allclose(drawn.scores[0], seen[0] / 0.5) and not torch.allclose(drawn.scores[0], seen[0])
