@@ -26,6 +26,14 @@ from tests.test_plan import LENGTHS, REAL_QWEN, ROUND, small, source_of
 pytestmark = pytest.mark.filterwarnings(PEFT_IS_BEHIND)
 
 
+# What autograd keeps of an attention, and what the allocator holds, are torch's own business and were measured there.
+MEASURED_WITH = (2, 13)
+as_measured = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < MEASURED_WITH,
+    reason=f"the forecast was measured with torch {'.'.join(map(str, MEASURED_WITH))}",
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("tiny"), seed=0)
@@ -56,6 +64,7 @@ def test_named_lora_targets_are_the_ones_that_count(folder: Path) -> None:
     assert shapes_of(config, source).adapter == 3 * 2 * (128 + 128 + 384 + 128)
 
 
+@as_measured
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -82,6 +91,7 @@ def test_activations_are_what_autograd_saves(family: Any, packed: bool, half: bo
 
 
 @pytest.mark.slow
+@as_measured
 @pytest.mark.parametrize(
     "flags",
     [
