@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -38,6 +39,7 @@ def child(program: Program, argv: Sequence[str], out: Path) -> int:
     code = 1
     # tqdm's lock is a semaphore that forked processes share: a child killed while it draws its bar would keep it.
     tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)  # the parent's other threads are not there in a fork, and waiting for them never ends
     try:
         with out.open("a") as file:
             os.dup2(file.fileno(), 1)
