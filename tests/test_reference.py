@@ -117,7 +117,7 @@ def test_the_reference_scores_as_the_policy_did(kind: str, temperature: float, t
     reference = Reference(policy)
     for micro_batch in (1, 3, 4):
         found = reference.logprobs(rows, temperature, micro_batch)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # some hundred roundings of float32
         assert (found[~rows.mask_NT] == 0).all()
 
 

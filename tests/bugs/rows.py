@@ -98,7 +98,7 @@ BUGS = [
         """ids = pad([prompts[row] for row in batch], policy.pad_id, "left")""",
         """ids = pad([prompts[row] for row in batch], policy.pad_id, "right")""",
         "The model is asked to go on after padding, and answers nonsense for all but the longest prompt.",
-        (f"{SAMPLING}test_rows_keep_the_prompts_and_their_order",),
+        (f"{SAMPLING}test_greedy_tokens_are_the_most_probable_with_any_padding",),
     ),
     Mutation(
         5,
