@@ -100,7 +100,7 @@ def judged(family: str, run: bool = True) -> Verdict:
                 verdict.full, verdict.kl = _two_steps(folder, Path(scratch) / "full")
                 verdict.lora, _ = _two_steps(folder, Path(scratch) / "lora", "--lora", "--lora_r", "4")
         except Refused as error:
-            verdict.refused = " ".join(str(error).split())[:300]
+            verdict.refused = " ".join(str(error).replace(str(folder), "FOLDER").split())[:300]
         except Exception as error:
             verdict.broken = _one_line(error)
     verdict.seconds = time.perf_counter() - start
