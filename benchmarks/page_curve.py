@@ -24,7 +24,7 @@ from grpo_core.doctor.readlog import read_config
 from grpo_core.warmstart import tiny_sft
 from rewards.jsonl import read_jsonl
 from rewards.tables import markdown
-from sft_core.run.provenance import provenance
+from sft_core.run.provenance import as_line, provenance
 
 EVERY = 10  # steps that a figure of the table averages over
 
@@ -83,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = of_the_page(tiny_sft(config), config.seed)
         curves[config.seed] = {"page": page, "grpo_core.train": of_the_run(run)}
     about = provenance(seed=None)
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     text = [
         "# The page beside the real thing",
         "`python -m benchmarks.page_curve RUNS`: `grpo_core.one_page` and `grpo_core.train` on the embedded job, from "
         "the same supervised model, on the same problems, with samples of their own. Greedy accuracy on 512 held-out "
         f"problems with 95% Wilson intervals, then the mean reward of each {EVERY} steps.",
         table(curves, problems=512),
-        f"Commit {about['commit']}; {versions}; {', '.join(about['hardware'])}; {about['started']}.",
+        as_line(about),
     ]
     given.output.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     given.output.with_suffix(".json").write_text(json.dumps({"about": about, "curves": curves}, indent=1) + "\n")

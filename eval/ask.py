@@ -201,6 +201,7 @@ class AskJob:
             "prompt_format",
             "shots",
             "system_prompt",
+            "chat_template_kwargs",
             "max_completion_tokens",
             "temperature",
             "samples",

@@ -261,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if job.config.dry_run:
                 return print(grpo_plan(job), UNTOUCHED, sep="\n")
             run = begin(job)
-        if run:
-            with user_errors(Refused):
+            if run:
                 run.finish()
 
 

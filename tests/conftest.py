@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,12 @@ def begun(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
         assert ended(command(model, runs[count]), partial(on_call, Progress, "save", count, dies, True)).code == 9
         assert [int(path.name[-6:]) for path in checkpoints(runs[count])] == list(range(1, count + 1))
     return runs
+
+
+@pytest.fixture
+def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
+    """A copy of the run that was killed after its second checkpoint."""
+    return Path(shutil.copytree(begun[2], tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

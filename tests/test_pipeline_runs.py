@@ -11,6 +11,7 @@ import pytest
 
 import grpo_core.train
 from grpo_core.pipeline.__main__ import SUMMARIES, main
+from sft_core.errors import Refused
 from sft_core.learn.optim import Optimizer
 from tests.helpers import PEFT_IS_BEHIND
 from tests.test_pipeline import SMALL, contents, evaluation, settings, weights
@@ -151,3 +152,17 @@ def test_the_environment_names_the_start_and_the_folder(model: Path, capsys: pyt
     assert found.configs["sft"].model == str(model) and found.folder == Path("runs/mine")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"--model {model}" in said and "--output_dir runs/mine" in said
+
+
+def test_a_stage_that_is_refused_while_it_trains_ends_the_pipeline_in_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise Refused("--model: sampler and learner disagree")
+
+    monkeypatch.setattr(grpo_core.train, "refuse_gap", refuse)
+    with pytest.raises(SystemExit) as caught:
+        main(["--mode", "both", "--model", str(model), *SMALL, "--output_dir", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "error: --model: sampler and learner disagree\n" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sft" / "final").is_dir() and not (tmp_path / "out" / "grpo" / "final").exists()

@@ -15,12 +15,6 @@ from tests.helpers import PEFT_IS_BEHIND
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 
-@pytest.fixture
-def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
-    """A copy of the run that was killed after its second checkpoint."""
-    return Path(shutil.copytree(begun[2], tmp_path / "run"))
-
-
 def test_a_run_whose_sampler_and_learner_disagree_ends_after_its_first_step_in_one_line(
     model: Path, tmp_path: Path
 ) -> None:

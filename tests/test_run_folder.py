@@ -31,12 +31,6 @@ from tests.killing import child, differences
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
 
 
-@pytest.fixture
-def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
-    """A copy of the run that was killed after its second checkpoint."""
-    return Path(shutil.copytree(begun[2], tmp_path / "run"))
-
-
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file with its time and bytes."""
     files = (path for path in folder.rglob("*") if path.is_file())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +20,6 @@ from tests.killing import differences, log, shown
 from tests.test_run_folder import assert_refused
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_IS_BEHIND), FORKS]
-
-
-@pytest.fixture
-def run(tmp_path: Path, begun: dict[int, Path]) -> Path:
-    """A copy of the run that was killed after its second checkpoint."""
-    return Path(shutil.copytree(begun[2], tmp_path / "run"))
 
 
 # --- when is saved, what is kept

@@ -7,7 +7,7 @@ answer with, which tokens end it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from sft_core.model.source import Source
 from sft_core.text.prompts import encode_completion, prompt_ids
 from sft_core.text.tasks import Example
 from tests.helpers import tiny_policy
+from tests.test_trust import wrapped
 
 PROBLEM = Example("Tom has 3.", "#### 3", "3")
 SYSTEM = "Be brief."
@@ -152,6 +153,14 @@ def test_a_demonstration_ends_with_the_token_that_ends_a_turn_and_has_no_beginni
     assert tokenizer.decode(ids) == "#### 3" + CHATS[name].ends[0]
 
 
+def saying(token: int, real: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model's forward that knows nothing but this token."""
+    output = real(*args, **kwargs)
+    output.logits = torch.full_like(output.logits, -100.0)
+    output.logits[..., token] = 0.0
+    return output
+
+
 @every_chat
 def test_each_of_a_familys_end_tokens_ends_a_completion_and_is_part_of_it(name: str) -> None:
     chat = CHATS[name]
@@ -163,28 +172,10 @@ def test_each_of_a_familys_end_tokens_ends_a_completion_and_is_part_of_it(name: 
     policy = replace(tiny_policy(vocab_size=len(tokenizer)), tokenizer=tokenizer, eos_ids=tuple(ends), pad_id=ends[0])
     prompt = prompt_ids(tokenizer, PROBLEM, config_of(chat))
     for end in ends:
-        rows, truncated = forced(policy, prompt, end)
-        assert rows.completion_ids() == [[end]] * 2 and not truncated.any()
-        assert rows.mask_NT.tolist() == [[True]] * 2  # where it is the padding token, too
-
-
-def forced(policy: Any, prompt: list[int], token: int) -> Any:
-    """Two samples of a model that says nothing but this token."""
-    real = policy.model.forward
-
-    @wraps(real)  # `generate` looks at the signature
-    def saying(*args: Any, **kwargs: Any) -> Any:
-        output = real(*args, **kwargs)
-        output.logits = torch.full_like(output.logits, -100.0)
-        output.logits[..., token] = 0.0
-        return output
-
-    policy.model.forward = saying
-    try:
+        wrapped(policy.model, partial(saying, end))
         samples = sample(policy, [prompt, prompt], Sampling(3))
-    finally:
-        policy.model.forward = real
-    return samples.rows, samples.truncated_N
+        assert samples.rows.completion_ids() == [[end]] * 2 and not samples.truncated_N.any()
+        assert samples.rows.mask_NT.tolist() == [[True]] * 2  # where it is the padding token, too
 
 
 def test_a_template_that_takes_no_system_message_is_one_line_that_names_the_flag() -> None:

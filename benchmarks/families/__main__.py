@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.families.judge import BOUND, Verdict, judged
 from rewards.tables import markdown
-from sft_core.run.provenance import provenance
+from sft_core.run.provenance import as_line, provenance
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 COLUMNS = ["family", "", "sampler", "learner", "gradient", "greedy", "GRPO", "LoRA", "does without", "seconds"]
@@ -70,7 +70,6 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 def record(verdicts: Sequence[Verdict], output: Path) -> None:
     about = provenance(seed=None)
     rows = [row(verdict) for verdict in verdicts]
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     text = [
         "# Families of causal language models",
         "`python -m benchmarks.families`: a small random model of each family in the causal mapping of transformers. "
@@ -82,7 +81,7 @@ def record(verdicts: Sequence[Verdict], output: Path) -> None:
         markdown([COLUMNS, *(found for found in rows if len(found) == len(COLUMNS))]),
         "## Not tried to the end",
         markdown([["family", "", "why"], *(found for found in rows if len(found) == 3)]),
-        f"Commit {about['commit']}; {versions}; {', '.join(about['hardware'])}; {about['started']}.",
+        as_line(about),
     ]
     output.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     found = {"about": about, "verdicts": [verdict.as_json() for verdict in verdicts]}

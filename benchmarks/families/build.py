@@ -7,7 +7,6 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -111,12 +110,7 @@ def small_model(config: PreTrainedConfig, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for weight in _matrices(model):
-                spread = float(weight.std())
-                if spread < 0.1:
+            for weight in model.parameters():
+                if weight.ndim > 1 and float(weight.std()) < 0.1:
                     weight.normal_(std=SPREAD)
     return model.eval()
-
-
-def _matrices(model: torch.nn.Module) -> Iterable[torch.Tensor]:
-    return (weight for weight in model.parameters() if weight.ndim > 1)

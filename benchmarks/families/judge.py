@@ -28,8 +28,8 @@ from eval.trust import trusted
 from sft_core.config import ModelConfig
 from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs
-from sft_core.learn.rows import Rows, pack_rows
-from sft_core.learn.trust import largest_difference, plain_logprobs, refuse_dropout
+from sft_core.learn.rows import Rows
+from sft_core.learn.trust import largest_difference, plain_logits, plain_logprobs, probe_rows, refuse_dropout
 from sft_core.model.policy import Policy, load_policy, without_dropout
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tokenizer
@@ -68,9 +68,9 @@ class Verdict:
     def kind(self) -> str:
         if self.unbuilt or self.refused or self.broken:
             return "not built" if self.unbuilt else "refused" if self.refused else "BROKEN"
-        distances = [self.sampler, self.learner, self.gradient, self.greedy]
-        moved = math.isnan(self.kl) or self.kl > 0
-        distances += [distance for distance in (self.full, self.lora) if not math.isnan(self.kl)]
+        distances, moved = [self.sampler, self.learner, self.gradient, self.greedy], True
+        if not math.isnan(self.kl):
+            distances, moved = [*distances, self.full, self.lora], self.kl > 0
         return "right" if moved and all(distance <= BOUND for distance in distances) else "WRONG"
 
     def as_json(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _compare(verdict: Verdict, folder: Path) -> None:
     except ValueError as error:
         raise Refused(str(error)) from error
     verdict.off = [name for flag, name in SHORTCUTS.items() if not getattr(policy, flag)]
-    rows = _rows(policy)
+    rows = probe_rows(policy, PROMPTS, COMPLETIONS, seed=1)
 
     torch.manual_seed(1)
     often = replace(policy, eos_ids=(*policy.eos_ids, *range(5, policy.vocabulary, 9)))
@@ -149,31 +149,11 @@ def _compare(verdict: Verdict, folder: Path) -> None:
     verdict.learner, verdict.gradient = _learner(policy, rows)
 
 
-def _rows(policy: Policy) -> Rows:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(policy.vocabulary, (length,), generator=generator).tolist()
-
-    groups = [(ids(length), lengths) for length, lengths in zip(PROMPTS, COMPLETIONS, strict=True)]
-    prompts = [prompt for prompt, lengths in groups for _ in lengths]
-    return pack_rows(prompts, [ids(length) for _, lengths in groups for length in lengths], policy.pad_id)
-
-
-def _plain_logits(policy: Policy, rows: Rows) -> list[Tensor]:
-    """Of each row, the logits that predict its completion's tokens: logits_TV."""
-    found = []
-    for prompt, completion in zip(rows.prompt_ids(), rows.completion_ids(), strict=True):
-        logits_LV = policy.model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
-        found.append(logits_LV[len(prompt) - 1 : -1])
-    return found
-
-
 @torch.no_grad()
 def _short_of_the_best(policy: Policy, rows: Rows) -> float:
     """By how much the plain model's logit of a greedily drawn token is below its largest, at most."""
     short = 0.0
-    for logits_TV, ids in zip(_plain_logits(policy, rows), rows.completion_ids(), strict=True):
+    for logits_TV, ids in zip(plain_logits(policy, rows), rows.completion_ids(), strict=True):
         chosen_T = logits_TV.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
         short = max(short, float((logits_TV.max(dim=-1).values - chosen_T).max()))
     return short
@@ -186,7 +166,7 @@ def _learner(policy: Policy, rows: Rows) -> tuple[float, float]:
     mine = _gradient(policy, (mine_NT * weight_NT)[rows.mask_NT].sum())
     plain = [
         logits_TV.log_softmax(dim=-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
-        for logits_TV, ids in zip(_plain_logits(policy, rows), rows.completion_ids(), strict=True)
+        for logits_TV, ids in zip(plain_logits(policy, rows), rows.completion_ids(), strict=True)
     ]
     plain_M = torch.cat(plain)
     truth = _gradient(policy, (plain_M * weight_NT[rows.mask_NT]).sum())

@@ -16,7 +16,7 @@ from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
 from grpo_core.memory.forecast import GB
 from rewards.tables import markdown
-from sft_core.run.provenance import provenance
+from sft_core.run.provenance import as_line, provenance
 
 STEPS = 2  # AdamW's moments appear in the first; the second is the peak
 FOLDER = "FOLDER"  # in CASES: an empty one, made for the run
@@ -51,12 +51,11 @@ def check(flags: Sequence[str], steps: int = STEPS) -> str:
         memory.append([name, *row])
         print(f"{name}: {row}", file=sys.stderr)
     about = provenance(seed=None)
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     commands = "\n".join(f"- {name}: `{' '.join(case)}`" for name, case in CASES.items() if case)
     return "\n\n".join(
         [
             f"{steps} steps of the qwen-0.5b workload a case, in a process of its own; peak: the resident set's.",
-            f"Commit {about['commit']}; {versions}; {', '.join(about['hardware'])}; {about['started']}.",
+            as_line(about),
             markdown(memory),
             commands,
         ]

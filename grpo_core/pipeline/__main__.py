@@ -114,9 +114,9 @@ class Pipeline:
                 job.run()
                 return
             run = BEGIN[stage.kind](job)
-        if run:
-            run.progress.again = self.settings.folder
-            run.finish()
+            if run:
+                run.progress.again = self.settings.folder
+                run.finish()
 
     def _compare(self) -> None:
         """Print the evaluations side by side, and keep their figures.

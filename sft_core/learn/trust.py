@@ -101,7 +101,8 @@ def refuse_gap(mean_gap: float, policy: Policy) -> None:
 
 
 def first_that_agrees(ways: Sequence[Way], who: str, apart_by: Callable[[Policy], float]) -> Policy:
-    """The first policy whose numbers are within the bound of the plain model's; says what that one does without.
+    """The first policy whose numbers are the plain model's to rounding; where none's surely are, the first within the
+    bound that is almost as close as any. Says what it does without.
 
     Raises:
         Refused: no policy's are.
@@ -132,34 +133,47 @@ def first_that_agrees(ways: Sequence[Way], who: str, apart_by: Callable[[Policy]
     return replace(policy, checks=(*policy.checks, check))
 
 
-def probe_rows(policy: Policy) -> Rows:
-    """Two groups of completions of unlike lengths: ids from all over the vocabulary, the same at each call."""
-    generator = torch.Generator().manual_seed(0)
+def probe_rows(
+    policy: Policy,
+    prompt_lengths: Sequence[int] = PROMPTS,
+    completion_lengths: Sequence[Sequence[int]] = COMPLETIONS,
+    seed: int = 0,
+) -> Rows:
+    """Groups of completions of unlike lengths: ids from all over the vocabulary, the same at each call."""
+    generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> list[int]:
         return torch.randint(policy.vocabulary, (length,), generator=generator).tolist()
 
-    prompts = [ids(length) for length in PROMPTS]
-    repeated = [prompt for prompt, lengths in zip(prompts, COMPLETIONS, strict=True) for _ in lengths]
-    completions = [ids(length) for lengths in COMPLETIONS for length in lengths]
+    prompts = [ids(length) for length in prompt_lengths]
+    repeated = [prompt for prompt, lengths in zip(prompts, completion_lengths, strict=True) for _ in lengths]
+    completions = [ids(length) for lengths in completion_lengths for length in lengths]
     return pack_rows(repeated, completions, policy.pad_id).to(policy.device)
+
+
+def plain_logits(policy: Policy, rows: Rows) -> Iterator[Tensor]:
+    """Of each row, the logits that predict its completion's tokens (T, V), by the definition: the model in eval mode, a
+    row at a time, no padding, no mask, no cache. Differentiable."""
+    model, was_training, precision = policy.model, policy.model.training, exact(policy).precision
+    model.eval()
+    try:
+        for prompt, completion in zip(rows.prompt_ids(), rows.completion_ids(), strict=True):
+            ids_1L = torch.tensor([prompt + completion], device=policy.device)
+            with precision.autocast():
+                logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0].float()
+            yield logits_LV[len(prompt) - 1 : -1]
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
 def plain_logprobs(policy: Policy, rows: Rows, temperature: float = 1.0) -> Tensor:
-    """logp_NT by the definition: the model in eval mode, a row at a time, no padding, no mask, no cache."""
-    model, was_training, precision = policy.model, policy.model.training, exact(policy).precision
+    """logp_NT of `plain_logits`."""
     logp_NT = torch.zeros(rows.completion_NT.shape, device=policy.device)
-    model.eval()
-    try:
-        for row, (prompt, completion) in enumerate(zip(rows.prompt_ids(), rows.completion_ids(), strict=True)):
-            ids_1L = torch.tensor([prompt + completion], device=policy.device)
-            with precision.autocast():
-                logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0].float()
-            logp_LV = (logits_LV / temperature).log_softmax(dim=-1)[len(prompt) - 1 : -1]
-            logp_NT[row, : len(completion)] = logp_LV.gather(-1, ids_1L[0, len(prompt) :, None]).squeeze(-1)
-    finally:
-        model.train(was_training)
+    for row, logits_TV in enumerate(plain_logits(policy, rows)):
+        length = len(logits_TV)
+        logp_TV = (logits_TV / temperature).log_softmax(dim=-1)
+        logp_NT[row, :length] = logp_TV.gather(-1, rows.completion_NT[row, :length, None]).squeeze(-1)
     return logp_NT
 
 

@@ -26,8 +26,8 @@ from sft_core.precision import Precision, pick_device, pick_precision
 # peft 0.21 asks transformers 5 for an attribute by its old name; the warning would not help whoever trains.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-# For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
 FUSED_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # peft refuses their out_proj
+# For tokenizers that bring no chat template (base models, GPT-2): the messages' texts, a blank line after each.
 PLAIN_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 
 

@@ -38,6 +38,12 @@ def provenance(seed: int | None) -> dict[str, Any]:
     }
 
 
+def as_line(about: dict[str, Any]) -> str:
+    """For a record that others read: commit, versions, hardware, time."""
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    return f"Commit {about['commit']}; {versions}; {', '.join(about['hardware'])}; {about['started']}."
+
+
 def last_start(about: dict[str, Any]) -> dict[str, Any]:
     """Of a run's provenance, the part about its latest start or resume."""
     resumed: list[dict[str, Any]] = about.get("resumed") or [about]
@@ -51,14 +57,15 @@ def what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     >>> there = {"hardware": ["Intel Xeon, 2 threads"], "versions": {"torch": "2.14.1", "python": "3.11.7"}}
     >>> what_changed(here, there)
     'AMD EPYC, 2 threads, now Intel Xeon, 2 threads; torch 2.13.0, now 2.14.1'
-    >>> what_changed(here, here)
-    ''
+    >>> what_changed(here, here), what_changed({}, {})
+    ('', '')
     """
     changed = []
-    if before["hardware"] != now["hardware"]:
-        changed.append(f"{' + '.join(before['hardware'])}, now {' + '.join(now['hardware'])}")
+    then, today = (about.get("hardware", []) for about in (before, now))  # the file may be somebody's own
+    if then != today:
+        changed.append(f"{' + '.join(then)}, now {' + '.join(today)}")
     for package in ("torch", "transformers", "peft"):
-        then, today = (about["versions"].get(package) for about in (before, now))
+        then, today = (about.get("versions", {}).get(package) for about in (before, now))
         if then != today:
             changed.append(f"{package} {then}, now {today}")
     return "; ".join(changed)
