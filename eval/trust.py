@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples, Sampling, sample
+from eval.sampling import Sampling, sample
 from sft_core.learn.trust import (
     TEMPERATURE,
     Way,
@@ -23,10 +23,10 @@ from sft_core.learn.trust import (
     trusted_learner,
     undisturbed,
 )
-from sft_core.model.policy import Policy
+from sft_core.model.policy import Policy, without_dropout
 
-TOKENS = 4  # that each row draws
-LEAVER = 0  # the row that then ends at its second token
+TOKENS = 3  # that each row draws
+LEAVER = 0  # the row that is made to end with its first one
 
 
 def trusted_sampler(policy: Policy) -> Policy:
@@ -47,21 +47,12 @@ def trusted_sampler(policy: Policy) -> Policy:
     ]
     prompts = probe_rows(policy).prompt_ids()
 
-    def drawn(way: Policy) -> Samples:
-        torch.manual_seed(0)
-        return sample(exact(way), prompts, Sampling(TOKENS, TEMPERATURE))
-
     def apart_by(way: Policy) -> float:
-        with probabilities_kept(policy.model) as kept:
-            first = drawn(replace(way, rows_leave=False))
-        truth_NT = plain_logprobs(way, first.rows, TEMPERATURE)
-        drawn_by_NT = torch.cat(kept)[:, : truth_NT.shape[1]]
-        found = [largest_difference(logp_NT, truth_NT, first.rows) for logp_NT in (first.logp_NT, drawn_by_NT)]
-        if way.rows_leave:
-            end = int(first.rows.completion_NT[LEAVER, :2][-1])  # drawn again, as the seed is the same
-            second = drawn(replace(way, eos_ids=(*way.eos_ids, end)))
-            truth_NT = plain_logprobs(way, second.rows, TEMPERATURE)
-            found.append(largest_difference(second.logp_NT, truth_NT, second.rows))
+        torch.manual_seed(0)
+        with watched(policy.model, way.rows_leave) as found:
+            samples = sample(exact(way), prompts, Sampling(TOKENS, TEMPERATURE))
+        truth_NT = plain_logprobs(way, samples.rows, TEMPERATURE, together=True)
+        found.append(largest_difference(samples.logp_NT, truth_NT, samples.rows))
         return float(torch.tensor(found).max())  # NaN where one of them is
 
     with undisturbed(policy):
@@ -69,29 +60,41 @@ def trusted_sampler(policy: Policy) -> Policy:
 
 
 @contextmanager
-def probabilities_kept(model: Any) -> Iterator[list[Tensor]]:
-    """For each call of `model.generate` within the block, logp_NT (T = TOKENS) of the tokens by what they were drawn
-    from: after the temperature and the cuts, of which a logits processor sees nothing."""
-    kept: list[Tensor] = []
+def watched(model: Any, one_leaves: bool) -> Iterator[list[float]]:
+    """For each call of `model.generate` within the block, the largest difference in nats between a token's noted
+    log-probability and what it was drawn by: after the temperature and the cuts, of which the recorder sees nothing.
+    With `one_leaves`, the first call draws one token, and row LEAVER's is made an end of sequence.
+    """
+    found: list[float] = []
     generate = type(model).generate
 
-    def keeping(self: Any, **given: Any) -> Tensor:
-        given["generation_config"].update(output_scores=True, return_dict_in_generate=True)
+    def watching(self: Any, **given: Any) -> Tensor:
+        config, recorder = given["generation_config"], given["logits_processor"][0]
+        config.update(output_scores=True, return_dict_in_generate=True)
+        leaving = one_leaves and not found
+        if leaving:
+            config.max_new_tokens = 1
         output = generate(self, **given)
+        if leaving:
+            output.sequences[LEAVER, -1] = config.eos_token_id[0]
+        recorder.settle(output.sequences[:, -1])
+        noted_NT = torch.stack(recorder.logp, dim=1)
         logp_NTV = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
-        drawn_NT = output.sequences[:, -logp_NTV.shape[1] :]
-        logp_NT = logp_NTV.gather(-1, drawn_NT[..., None]).squeeze(-1)
-        kept.append(torch.nn.functional.pad(logp_NT, (0, TOKENS - logp_NT.shape[1])))  # where all rows ended
-        return output.sequences
+        drawn_by_NT = logp_NTV.gather(-1, output.sequences[:, -noted_NT.shape[1] :, None]).squeeze(-1)
+        found.append(float((drawn_by_NT - noted_NT).abs().max()))
+        return output.sequences  # type: ignore[no-any-return]
 
-    with patch.object(type(model), "generate", keeping):
-        yield kept
+    with patch.object(type(model), "generate", watching):
+        yield found
 
 
 def trusted(policy: Policy) -> Policy:
-    """Learner and sampler.
+    """For GRPO, where sampler and learner must be one distribution: without dropout, and in train mode from then on.
 
     Raises:
-        Refused: as `trusted_learner` and `trusted_sampler`.
+        Refused: as `trusted_sampler` and `trusted_learner`.
     """
-    return trusted_sampler(trusted_learner(policy))
+    policy = trusted_sampler(policy)
+    without_dropout(policy.model)  # after a first pass, in which some models make new modules
+    policy.model.train()  # gradient checkpointing works in no other mode
+    return trusted_learner(policy)

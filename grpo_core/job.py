@@ -14,8 +14,7 @@ from grpo_core.reference import Reference
 from grpo_core.step import REWARD_COLUMNS, Learner, sample_and_score
 from rewards import Reward, check_signatures, load_rewards
 from sft_core.learn.optim import Optimizer
-from sft_core.learn.trust import refuse_dropout
-from sft_core.model.policy import load_policy, load_tokenizer, without_dropout
+from sft_core.model.policy import load_policy, load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.hub import check_run_push
 from sft_core.text.prompts import drop_long_prompts
@@ -43,8 +42,6 @@ class GRPOJob:
         set_seed(config.seed)
         policy = trusted(load_policy(config, source))
         reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
-        without_dropout(policy.model)
-        refuse_dropout(policy)
         optimizer = Optimizer(policy, config, self.steps * config.mu)
         roll_out = replacing_equal_groups(more) if config.dynamic_sampling else sample_and_score
         return Learner(config, policy, reference, self.rewards, optimizer, roll_out=roll_out)

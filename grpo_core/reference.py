@@ -32,7 +32,9 @@ class Reference:
 
             model = policy.model
             start = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-            model.add_adapter(ADAPTER, copy.deepcopy(model.peft_config["default"]))
+            config = copy.deepcopy(model.peft_config["default"])
+            config.lora_dropout = 0.0
+            model.add_adapter(ADAPTER, config)
             set_peft_model_state_dict(model, start, adapter_name=ADAPTER)
             model.set_adapter("default")
             self.policy = policy

@@ -189,8 +189,8 @@ def test_a_failure_while_asking_leaves_the_policys_adapter_active(monkeypatch: p
 def test_dropout_is_off_in_the_reference(kind: str, tmp_path: Path) -> None:
     policy = tiny_policy(attention_dropout=0.5)
     policy = policy if kind == "full" else adapted(policy, dropout=0.5)
+    without_dropout(policy.model)  # before, as in a run
     reference = Reference(policy)
-    without_dropout(policy.model)
     policy.model.train()
     rows = random_rows(policy)
     first, second = (reference.logprobs(rows, 1.0, micro_batch=8) for _ in range(2))

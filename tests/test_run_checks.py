@@ -39,6 +39,6 @@ def test_a_run_that_continues_on_another_processor_says_so_and_one_on_the_same_d
     assert end.code == 0 and said in end.text
     resumed = json.loads(file.read_text())["resumed"]
     assert [(entry["after_step"], entry["hardware"]) for entry in resumed] == [(2, [here])]
-    assert [check["part"] for check in resumed[0]["checks"]] == ["learner", "sampler"]
+    assert [check["part"] for check in resumed[0]["checks"]] == ["sampler", "learner"]
     shutil.rmtree(run / "final")
     assert "elsewhere" not in ended(command(model, run, "--resume")).text  # the resume before was here

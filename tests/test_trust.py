@@ -21,7 +21,6 @@ from sft_core.learn.trust import (
     largest_difference,
     plain_logprobs,
     probe_rows,
-    refuse_dropout,
     refuse_gap,
     trusted_learner,
 )
@@ -71,10 +70,9 @@ def test_the_check_moves_no_random_state_and_no_weight() -> None:
     policy = tiny_policy()
     before, weights = torch.random.get_rng_state(), [p.clone() for p in policy.model.parameters()]
     trusted(policy)
-    refuse_dropout(policy)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(weights, policy.model.parameters(), strict=True))
-    assert all(p.grad is None for p in policy.model.parameters()) and not policy.model.training
+    assert all(p.grad is None for p in policy.model.parameters()) and policy.model.training
 
 
 def test_a_head_with_a_hidden_scale_is_found_and_the_whole_models_logits_are_taken(
@@ -174,9 +172,13 @@ def test_sampler_and_learner_that_disagree_on_the_first_texts_of_a_run_end_it_in
 
 def test_dropout_that_is_left_on_is_refused() -> None:
     policy = tiny_policy("gpt2", resid_pdrop=0.1)
-    with pytest.raises(Refused, match="dropout that cannot be switched off"):
-        refuse_dropout(policy)
-    refuse_dropout(tiny_policy("gpt2"))
+    assert trusted_learner(policy) == policy  # in eval mode
+    policy.model.train()
+    with pytest.raises(Refused, match="nats off.* In eval mode it does: there is dropout that cannot be switched off"):
+        trusted_learner(policy)
+    healthy = tiny_policy("gpt2")
+    healthy.model.train()
+    assert trusted_learner(healthy) == healthy
 
 
 def test_a_sampler_that_draws_at_another_temperature_than_it_notes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ from sft_core.config import ModelConfig
 from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows
-from sft_core.learn.trust import largest_difference, plain_logits, plain_logprobs, probe_rows, refuse_dropout
-from sft_core.model.policy import Policy, load_policy, without_dropout
+from sft_core.learn.trust import largest_difference, plain_logits, plain_logprobs, probe_rows
+from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tokenizer
 
@@ -133,8 +133,6 @@ def _compare(verdict: Verdict, folder: Path) -> None:
     config = ModelConfig(model=str(folder), device="cpu", precision="float32")
     try:
         policy = trusted(load_policy(config, find_source(config)))
-        without_dropout(policy.model)
-        refuse_dropout(policy)
     except ValueError as error:
         raise Refused(str(error)) from error
     verdict.off = [name for flag, name in SHORTCUTS.items() if not getattr(policy, flag)]
