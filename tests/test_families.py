@@ -29,9 +29,18 @@ KINDS = {  # what is without which shortcuts
 }
 
 
+def skip_where_libraries_are_older(verdict: Verdict) -> None:
+    """Of constraints-oldest.txt: torch multiplies a mixture of experts on CUDA only, transformers writes and reads
+    Nemotron-H's configuration in two ways."""
+    for fault in ("grouped_mm", "Must be one of: {"):
+        if fault in verdict.unbuilt:
+            pytest.skip(f"these versions of the libraries cannot build this family: {fault}")
+
+
 @pytest.mark.parametrize("family", KINDS)
 def test_a_family_of_each_kind_is_sampled_from_and_learned_from_as_it_is(family: str) -> None:
     verdict = judged(family, run=False)
+    skip_where_libraries_are_older(verdict)
     assert verdict.kind == "right", verdict
     assert verdict.off == KINDS[family]
 
@@ -40,6 +49,7 @@ def test_a_family_of_each_kind_is_sampled_from_and_learned_from_as_it_is(family:
 @pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h", "llama4_text"])
 def test_two_steps_of_the_program_with_all_weights_and_with_an_adapter(family: str) -> None:
     verdict = judged(family)
+    skip_where_libraries_are_older(verdict)
     assert verdict.kind == "right" and verdict.kl > 0 and max(verdict.full, verdict.lora) <= BOUND, verdict
 
 

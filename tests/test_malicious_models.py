@@ -198,7 +198,7 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(place: Place, monke
     monkeypatch.syspath_prepend(place.path)
     adapter = place.path / "adapter"
     edited(adapter / "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil_core")
-    assert str(adapter) in place.asked("--model", str(adapter))
+    assert f"{adapter}/adapter_config.json: names a module to import" in place.asked("--model", str(adapter))
 
 
 # --- templates

@@ -77,6 +77,8 @@ def find_source(config: ModelConfig) -> Source:
             described = json.loads(description.read_text(encoding="utf-8"))
         if adapter == base:
             base = _base_of(description, described)
+        if isinstance(described, dict) and described.get("megatron_config"):
+            raise ValueError(f"{description}: names a module to import (megatron_core), and no code of a model is run")
         _check_weights(f"the adapter {adapter}", Path(adapter), ["adapter_model.safetensors"])
     try:
         with no_retry_messages():
