@@ -28,8 +28,9 @@ from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.checkpoint import write_text
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.runlog import RunFolder, append_jsonl
+from sft_core.text.example import Example
 from sft_core.text.prompts import drop_long_prompts
-from sft_core.text.tasks import Example, load_heldout
+from sft_core.text.tasks import load_heldout
 
 PRESETS = Path(__file__).parent / "presets"
 

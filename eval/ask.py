@@ -26,14 +26,15 @@ from eval.statistics import agreeing
 from eval.trust import trusted_sampler
 from rewards import last_number, parse_number, same_number
 from sft_core.cli import parse_config, run_ends, user_errors
-from sft_core.config import ModelConfig, PromptConfig, flag
+from sft_core.config import ModelConfig, flag
 from sft_core.errors import Refused, require
 from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.runlog import append_jsonl
 from sft_core.run.trained import find_both, model_first
+from sft_core.text.config import PromptConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import FORMATS, prompt_ids
-from sft_core.text.tasks import Example
 
 KEPT = "asked.jsonl"
 

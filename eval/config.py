@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sft_core.config import FolderConfig, ModelConfig, TaskConfig, flag
+from sft_core.config import FolderConfig, ModelConfig, flag
 from sft_core.errors import require
+from sft_core.text.config import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class EvalConfig(FolderConfig, ModelConfig, TaskConfig):
             self.temperature > 0, "temperature", self.temperature, "more than 0: the greedy answer is evaluated anyway"
         )
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        require(
+            self.answers != "none", "answer_type", "none", "a type of answers: without them there is nothing to compare"
+        )
         require(self.model != "tiny", "model", self.model, "a trained model, such as the final/ folder of a run")
         require(
-            self.task != "arithmetic" or self.eval_problems > 0,
+            not self.endless or self.eval_problems > 0,
             "eval_problems",
             self.eval_problems,
-            "more than 0: the arithmetic task has no end",
+            f"more than 0: the {self.task} task has no end",
         )

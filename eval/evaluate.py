@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from eval.sampling import Sampling, sample
 from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes, wilson_interval
-from rewards import last_number, same_number
+from rewards import last_number, parse_number, same_answer, same_number, words
 from rewards.jsonl import read_jsonl
-from sft_core.config import TaskConfig
 from sft_core.learn.clock import bar_seconds
 from sft_core.model.policy import Policy
 from sft_core.run.checkpoint import random_state, set_random_state
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import FORMATS, prompt_ids
-from sft_core.text.tasks import Example
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,19 @@ def _own_randomness(seed: int) -> Iterator[None]:
         set_random_state(before)
 
 
+def _ends_in(text: str, expected: str) -> bool:
+    """Whether a text's last words are an expected answer of words."""
+    gold = [] if parse_number(expected) is not None else words(expected)
+    return bool(gold) and words(text)[-len(gold) :] == gold
+
+
 def _mark(text: str, expected: str, task: TaskConfig, tokens: int, truncated: bool) -> Reply:
     extracted, number = FORMATS[task.prompt_format].extract(text), last_number(text)
     return Reply(
         response=text,
         extracted=extracted,
-        strict=bool(extracted) and same_number(extracted or "", expected),
-        lenient=number is not None and same_number(number, expected),
+        strict=bool(extracted) and same_answer(extracted or "", expected),
+        lenient=number is not None and same_number(number, expected) or _ends_in(text, expected),
         tokens=tokens,
         truncated=truncated,
     )

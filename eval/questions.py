@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rewards import extract_hash_answer
 from rewards.jsonl import read_jsonl
-from sft_core.text.tasks import LONE_SURROGATE
+from sft_core.text.example import LONE_SURROGATE
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from eval.sampling import Sampling
-from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require
+from sft_core.text.config import TaskConfig
 
 # The published losses differ in three independent choices: whose ratio (the token's or the sequence's), what a token
 # contributes (`clipped_surrogate` in grpo_core/objective.py, or one of grpo_core/variants.py), and what it weighs.
@@ -171,7 +172,12 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     min_p: float = flag(
         0.0, "sample from tokens with at least this share of the most likely token's probability; 0: all"
     )
-    rewards: list[str] = flag(["correctness_reward_func"], "names of reward functions, or my_module:my_reward")
+    rewards: list[str] = flag(
+        ["correctness_reward_func"], "names of reward functions, or my_module:my_reward, or file.py:my_reward"
+    )
+    reward_format: Literal["text", "chat"] = flag(
+        "text", "what reward functions get: texts, or lists of messages, as TRL's for conversations do"
+    )
     reward_weights: list[float] = flag([], "one weight per reward function; none: all 1")
     reward_timeout: float = flag(
         300.0, "seconds that one reward function may take per step; 0: no limit (raise it for slow judges)"
@@ -249,8 +255,8 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             "1 with LoRA: a mixture of two adapters is not the mixture of their products",
         )
         require(
-            self.task != "arithmetic" or self.max_steps > 0,
+            not self.endless or self.max_steps > 0,
             "max_steps",
             self.max_steps,
-            "more than 0: the arithmetic task has no end",
+            f"more than 0: the {self.task} task has no end",
         )

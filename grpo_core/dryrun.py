@@ -12,6 +12,7 @@ from sft_core.model.source import find_source
 from sft_core.run.plan_lines import (
     answers_text,
     evaluations_at,
+    first_line,
     folder_line,
     lengths_text,
     loaded,
@@ -20,6 +21,7 @@ from sft_core.run.plan_lines import (
     plan_text,
     prompt_lengths,
     rate_text,
+    some,
     steps_text,
     task_line,
 )
@@ -43,6 +45,7 @@ def grpo_plan(job: GRPOJob) -> str:
         updates = f", {config.mu} updates each" if config.mu > 1 else ""
         lines = {
             "task": task_line(task, config),
+            "first": first_line(policy, some(task), config),
             "model": model_line(config, policy, name),
             "rewards": " + ".join(rewards),
             "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "

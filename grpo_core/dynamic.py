@@ -16,7 +16,7 @@ from grpo_core.step import Learner, Rollout, sample_and_score
 from grpo_core.variants import values_and_weights
 from sft_core.learn.clock import Stopwatch
 from sft_core.learn.rows import pack_rows
-from sft_core.text.tasks import Example
+from sft_core.text.example import Example
 
 Draw = Callable[[int], Sequence[Example]]  # so many further examples of the task
 

@@ -11,7 +11,8 @@ from eval.trust import trusted
 from grpo_core.config import GRPOConfig
 from grpo_core.dynamic import Draw, replacing_equal_groups
 from grpo_core.reference import Reference
-from grpo_core.step import REWARD_COLUMNS, Learner, sample_and_score
+from grpo_core.scoring import REWARD_COLUMNS
+from grpo_core.step import Learner, sample_and_score
 from rewards import Reward, check_signatures, load_rewards
 from sft_core.learn.optim import Optimizer
 from sft_core.model.policy import load_policy, load_tokenizer
@@ -54,10 +55,10 @@ def prepare(config: GRPOConfig) -> GRPOJob:
         ValueError: as `load_rewards`, `load_task`, `find_source`, `check_context` and `check_push`.
     """
     rewards = load_rewards(config.rewards, config.reward_weights)
-    check_signatures(rewards, REWARD_COLUMNS)
     source = None if config.model == "tiny" else find_source(config)
     check_context(source, config.max_prompt_tokens, config.max_completion_tokens)
     check_run_push(config, source, config.lora)
     task, tokenizer = load_task(config, config.seed), load_tokenizer(source)
+    check_signatures(rewards, [*REWARD_COLUMNS, "trainer_state", *task.columns])
     task = task.filtered(lambda examples: drop_long_prompts(examples, tokenizer, config))
     return GRPOJob(config, task, rewards, source)

@@ -21,10 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from rewards import numeric_reward_func
-from sft_core.config import PromptConfig
 from sft_core.text.arithmetic import ArithmeticStream
+from sft_core.text.config import PromptConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Endless, Example
+from sft_core.text.tasks import Endless
 
 steps, seed = 80, 42
 B, G = 16, 8  # prompts in a step; completions of each prompt: its group

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,17 +32,15 @@ from grpo_core.objective import (
     token_weights,
 )
 from grpo_core.reference import Reference
-from rewards import Reward, Scores, score
+from grpo_core.scoring import score_groups
+from rewards import Reward, Scores
 from sft_core.learn.clock import Stopwatch
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows
 from sft_core.model.policy import Policy
+from sft_core.text.example import Example
 from sft_core.text.prompts import prompt_ids
-from sft_core.text.tasks import Example
-
-# The columns that reward functions receive: three fields of an `Example`, the sampled ids, two sizes of the budget.
-REWARD_COLUMNS = ("question", "answer", "solution", "completion_ids", "max_completion_tokens", "overlong_buffer")
 
 
 @dataclass(frozen=True)
@@ -91,29 +89,12 @@ def sample_groups(policy: Policy, examples: Sequence[Example], config: GRPOConfi
     return sample(policy, [prompt for prompt in prompts for _ in range(config.group_size)], config.sampling)
 
 
-def score_groups(
-    rewards: list[Reward], samples: Samples, examples: Sequence[Example], config: GRPOConfig
-) -> tuple[Scores, Tensor]:
-    """Every reward function's values, and their weighted sums as reward_BG (float64, on the CPU)."""
-    repeated = [example for example in examples for _ in range(config.group_size)]
-    N, budget = len(repeated), config.max_completion_tokens
-    columns: dict[str, list[Any]] = {
-        **{name: [getattr(example, name) for example in repeated] for name in ("question", "answer", "solution")},
-        "completion_ids": samples.rows.completion_ids(),
-        "max_completion_tokens": [budget] * N,
-        "overlong_buffer": [config.overlong_buffer or max(1, budget // 5)] * N,
-    }
-    scores = score(rewards, columns["question"], samples.texts, columns, config.reward_timeout)
-    if config.shuffle_rewards:
-        scores = scores.reordered(torch.randperm(N).tolist())
-    return scores, torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)
-
-
 def sample_and_score(learner: Learner, examples: Sequence[Example], clock: Stopwatch) -> Rollout:
     """The rollout of these examples."""
     samples = learner.sampler(learner.policy, examples, learner.config)
     clock.lap("generation")
-    scores, reward_BG = score_groups(learner.rewards, samples, examples, learner.config)
+    state = learner.optimizer.state
+    scores, reward_BG = score_groups(learner.rewards, samples, examples, learner.config, state)
     clock.lap("reward")
     return Rollout(examples, samples, scores, reward_BG)
 

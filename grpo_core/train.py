@@ -20,6 +20,7 @@ from eval.report import side_by_side, summary_table
 from eval.statistics import sizes
 from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.config import GRPOConfig
+from grpo_core.doctor.watch import Watch
 from grpo_core.dryrun import grpo_plan
 from grpo_core.job import GRPOJob, prepare
 from grpo_core.memory.forecast import forecast
@@ -39,7 +40,8 @@ from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Part, Progress, weights_identity
 from sft_core.run.runlog import RunFolder, append_jsonl
 from sft_core.run.trackers import shown
-from sft_core.text.tasks import Example, Task
+from sft_core.text.example import Example
+from sft_core.text.tasks import Task
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -89,6 +91,8 @@ class GRPORun:
                 write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
             final = folder.save_final(self.learner.policy)
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
+        programs = ("benchmarks.plots", "benchmarks.browse", "grpo_core.doctor")
+        print(f"curves, texts, advice: {'; '.join(f'python -m {name} {folder.path}' for name in programs)}")
         push_run(folder.path, self.job.config)
         return folder.path
 
@@ -96,7 +100,7 @@ class GRPORun:
         """The remaining steps of Algorithm 1, with their logs, samples, evaluations and checkpoints."""
         config, policy, optimizer = self.job.config, self.learner.policy, self.learner.optimizer
         task, steps, done = self.job.task, self.job.steps, self.progress.step
-        pieces = Pieces(policy.tokenizer)
+        pieces, watch = Pieces(policy.tokenizer), Watch(config, str(self.folder.path))
         policy.model.train()  # gradient checkpointing works in train mode only; dropout is off (`without_dropout`)
         self.look(done)  # a run that stopped during an evaluation repeats it
         bar = step_bar("GRPO", done, steps, config.progress)
@@ -123,6 +127,8 @@ class GRPORun:
             append_jsonl(self.folder.path / "completions.jsonl", completions)
             if config.record_tokens:
                 append_jsonl(self.folder.path / "tokens.jsonl", token_records(step, report, pieces))
+            if warning := watch.of(step, record):
+                bar.write(warning)
             if config.show_every and step % config.show_every == 0:
                 bar.write(shown(completions[0]))
                 self.folder.show(completions[0])

@@ -1,15 +1,18 @@
 """What is this text worth? Strings in, floats out: answer extraction, reward functions, their weighted sum."""
 
-from rewards.call import RewardError, RewardFunction
+from rewards.call import RewardError, RewardFunction, TrainerState
 from rewards.combine import REWARDS, Reward, Scores, check_signatures, load_reward, load_rewards, score
 from rewards.extract import (
+    choice_letter,
     extract_hash_answer,
     extract_xml_answer,
     gold_answer,
     is_integer,
     last_number,
     parse_number,
+    same_answer,
     same_number,
+    words,
 )
 from rewards.functions import (
     Completion,
@@ -30,7 +33,9 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "Scores",
+    "TrainerState",
     "check_signatures",
+    "choice_letter",
     "completion_text",
     "correctness_reward_func",
     "extract_hash_answer",
@@ -43,10 +48,12 @@ __all__ = [
     "load_rewards",
     "numeric_reward_func",
     "parse_number",
+    "same_answer",
     "same_number",
     "score",
     "soft_format_reward_func",
     "soft_overlong_reward_func",
     "strict_format_reward_func",
+    "words",
     "xmlcount_reward_func",
 ]

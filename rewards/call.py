@@ -9,6 +9,8 @@ NaN is refused although TRL takes it for "no opinion": it is far more often a 0/
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import signal
 import threading
@@ -17,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from traceback import StackSummary, TracebackException
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rewards.functions import Completion, completion_text
 
@@ -41,22 +43,32 @@ class TimeUp(BaseException):
     """Not an `Exception`, so that the `except Exception` of the function that hangs does not catch it."""
 
 
+class TrainerState(NamedTuple):
+    """How far the run is, in optimizer steps, for rewards that change with it: two fields of transformers' class of
+    this name, which TRL passes."""
+
+    global_step: int
+    max_steps: int
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What a reward function is called with, one entry a row."""
+    """What a reward function is called with, one entry a row, and the run's state."""
 
     prompts: Sequence[Completion]
     completions: Sequence[Completion]
     columns: dict[str, list[Any]]
+    state: TrainerState | None = None
 
-    def arguments(self) -> dict[str, list[Any]]:
+    def arguments(self) -> dict[str, Any]:
         """Fresh lists: what a function does to them reaches neither the next function nor the learner."""
         columns = {"prompts": self.prompts, "completions": self.completions, **self.columns}
-        return {name: list(column) for name, column in columns.items()}
+        state = {"trainer_state": self.state} if self.state else {}
+        return {**{name: list(column) for name, column in columns.items()}, **state}
 
     def only(self, row: int) -> Batch:
         cut = {name: column[row : row + 1] for name, column in self.columns.items()}
-        return Batch(self.prompts[row : row + 1], self.completions[row : row + 1], cut)
+        return Batch(self.prompts[row : row + 1], self.completions[row : row + 1], cut, self.state)
 
     def named(self, row: int | None) -> str:
         """The row, for a message."""
@@ -93,6 +105,8 @@ def call(name: str, function: RewardFunction, batch: Batch, seconds: float = 0.0
 def _returned(function: RewardFunction, batch: Batch, seconds: float) -> Any:
     def run() -> Any:
         returned: Any = function(**batch.arguments())
+        if inspect.iscoroutine(returned):  # an `async def`, which may await many answers at the same time
+            returned = asyncio.run(returned)
         return list(returned) if isinstance(returned, Iterator) else returned  # a generator's body runs here
 
     return within(seconds, run)
@@ -193,7 +207,9 @@ def _problem(error: BaseException, seconds: float) -> str:
         text = " ".join(str(error).split())[:SHOWN]
     except Exception:
         text = ""
-    return f"raised {type(error).__name__}" + (f": {text}" if text else "")
+    chat = text.startswith("string indices must be integers")
+    hint = " (is it written for chat messages? --reward_format chat)" if chat else ""
+    return f"raised {type(error).__name__}" + (f": {text}{hint}" if text else "")
 
 
 def _own_traceback(error: BaseException) -> str:

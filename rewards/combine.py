@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rewards.call import Batch, RewardFunction, call
+from rewards.call import Batch, RewardFunction, TrainerState, call
 from rewards.functions import (
     Completion,
     correctness_reward_func,
@@ -62,7 +65,7 @@ class Scores:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The reward function of this name: one of `REWARDS`, or `my_module:my_reward`, imported.
+    """The reward function of this name: one of `REWARDS`, `my_module:my_reward`, imported, or `my_file.py:my_reward`.
 
     >>> load_reward("numeric_reward_func") is REWARDS["numeric_reward_func"]
     True
@@ -72,15 +75,17 @@ def load_reward(name: str) -> RewardFunction:
     Traceback (most recent call last):
     ValueError: --rewards 'numeric': no such reward function; the nearest known name is numeric_reward_func. Accepted: \
 correctness_reward_func, int_reward_func, strict_format_reward_func, soft_format_reward_func, xmlcount_reward_func, \
-numeric_reward_func, soft_overlong_reward_func, or my_module:my_reward for a function of your own
+numeric_reward_func, soft_overlong_reward_func, or my_module:my_reward or my_file.py:my_reward, a function of your own
     """
     if name in REWARDS:
         return REWARDS[name]
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":") if ".py:" in name else name.partition(":")
+    if module_name.endswith(".py"):
+        return _attribute(name, _module_of_file(name, Path(module_name)), attribute)
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(
             f"--rewards {name!r}: no such reward function{_nearest(name, REWARDS)}. Accepted: {', '.join(REWARDS)}, or "
-            "my_module:my_reward for a function of your own"
+            "my_module:my_reward or my_file.py:my_reward, a function of your own"
         )
     try:
         module = importlib.import_module(module_name)
@@ -90,11 +95,34 @@ numeric_reward_func, soft_overlong_reward_func, or my_module:my_reward for a fun
             f"--rewards {name!r}: cannot import {module_name} ({error}). The module must be in the folder that "
             f"`python -m` is run from, on PYTHONPATH or installed. Known without one: {', '.join(REWARDS)}"
         ) from error
+    return _attribute(name, module, attribute)
+
+
+def _module_of_file(name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"--rewards {name!r}: {path} is not a file")
+    # Under a name of its own, so that no installed module is taken for it; what lies beside it can be imported.
+    spec = importlib.util.spec_from_file_location(f"rewards_file_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"--rewards {name!r}: {path}, line {error.lineno}: {error.msg}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def _attribute(name: str, module: ModuleType, attribute: str) -> RewardFunction:
     function = getattr(module, attribute, None)
     if not callable(function):
         found = f"is {function!r:.60}, not a function" if hasattr(module, attribute) else "does not exist"
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"--rewards {name!r}: {attribute} {found} in module {module_name}{_nearest(attribute, own)}")
+        where = name.rpartition(":")[0]
+        raise ValueError(f"--rewards {name!r}: {attribute} {found} in module {where}{_nearest(attribute, own)}")
     loaded: RewardFunction = function
     return loaded
 
@@ -142,6 +170,7 @@ def score(
     completions: Sequence[Completion],
     columns: dict[str, list[Any]],
     timeout: float = 0.0,
+    state: TrainerState | None = None,
 ) -> Scores:
     """Call every reward function on the batch, each for at most `timeout` seconds (0: no limit), and sum the
     weighted values row by row.
@@ -160,8 +189,8 @@ def score(
     lengths = {"completions": len(completions)} | {name: len(column) for name, column in columns.items()}
     assert set(lengths.values()) == {len(prompts)}, f"{len(prompts)} prompts, but {lengths}"
 
-    check_signatures(rewards, list(columns))
-    batch = Batch(prompts, completions, columns)
+    check_signatures(rewards, [*columns, *(["trainer_state"] if state else [])])
+    batch = Batch(prompts, completions, columns, state)
     by_function = {reward.name: call(reward.name, reward.function, batch, timeout) for reward in rewards}
     total = []
     for row in range(len(completions)):

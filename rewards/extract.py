@@ -18,6 +18,12 @@ HASH_MARK = "####"
 _PREFIXES = ("", "+", "-", "$", "+$", "-$", "$+", "$-")
 _SUFFIXES = ("", ".", "%", ".%", "%.")
 
+# As SQuAD's evaluation (arXiv 1606.05250) compares words: without case, punctuation and articles.
+_NO_WORD = re.compile(r"[^\w\s]|_")
+_ARTICLES = {"a", "an", "the"}
+# B, (B), B., B: the river
+_CHOICE = re.compile(r"\(?([A-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
+
 # Only these: `\d` and `isdigit` take every script's.
 _DIGITS = "0123456789"
 
@@ -194,3 +200,38 @@ def same_number(a: str, b: str, tolerance: float = 1e-6) -> bool:
         return False
     # Through str, because the float nearest to 1e-6 is a little below it and would refuse a difference of 0.000001.
     return _EXACT.subtract(x, y).copy_abs() <= Decimal(str(tolerance))
+
+
+def same_answer(found: str, gold: str) -> bool:
+    """Whether an answer is the gold one: by value where the gold is a number; its letter where the gold is that of a
+    choice; otherwise by its words, without case, punctuation and articles.
+
+    >>> same_answer("$72.0", "72"), same_answer("-72", "72"), same_answer("the  Blue whale.", "blue whale")
+    (True, False, True)
+    >>> same_answer("(B) the river", "B"), same_answer("B", "C"), same_answer("", "")
+    (True, False, False)
+    """
+    if parse_number(gold) is not None:
+        return same_number(found, gold)
+    if choice_letter(gold) == gold != "":
+        return choice_letter(found) == gold
+    return words(found) == words(gold) != []
+
+
+def words(text: str) -> list[str]:
+    """Of a text, its words in lower case, without punctuation and articles.
+
+    >>> words("The pear, an APPLE; it's 3.5")
+    ['pear', 'apple', 'it', 's', '3', '5']
+    """
+    return [word for word in _NO_WORD.sub(" ", text.casefold()).split() if word not in _ARTICLES]
+
+
+def choice_letter(text: str) -> str:
+    """The letter of a choice that an answer begins with; '' where it is none.
+
+    >>> choice_letter(" (B) the river"), choice_letter("B."), choice_letter("Blue"), choice_letter("b")
+    ('B', 'B', '', '')
+    """
+    found = _CHOICE.fullmatch(text.strip())
+    return found.group(1) if found else ""

@@ -17,7 +17,7 @@ Two families, one for each way to write an answer down, and a penalty:
     strict_format_reward_func   0 or 0.5       the format to the letter
     soft_format_reward_func     0 or 0.5       the tags in order
     xmlcount_reward_func        at most 0.5    each tag, minus a penalty for text after the last one
-    numeric_reward_func         0 or 1         the right number after ####
+    numeric_reward_func         0 or 1         the right answer after ####
     soft_overlong_reward_func   -1 to 0        a length in tokens near the budget, which arrives in columns of its own
                                                (outside this project give `max_completion_tokens`, `overlong_buffer`)
 
@@ -37,7 +37,7 @@ from rewards.extract import (
     extract_xml_answer,
     gold_answer,
     is_integer,
-    same_number,
+    same_answer,
 )
 
 Completion = str | list[dict[str, str]]
@@ -65,7 +65,7 @@ def correctness_reward_func(
 ) -> list[float]:
     """2.0 where the text inside the last `<answer>` pair is the gold answer, else 0.0.
 
-    Two numbers are compared by value, so that `$1,072` is 1072; anything else as stripped text. An empty answer is
+    Numbers are compared by value, so that `$1,072` is 1072, anything else as `same_answer` does. An empty answer is
     never right, even where the gold is empty. `answer` is the bare gold or a worked solution that ends in `#### gold`.
 
     >>> correctness_reward_func(["?", "?"], ["<answer>$1,072</answer>", "1072"], answer=["1072", "so\\n#### 1072"])
@@ -74,7 +74,7 @@ def correctness_reward_func(
     rewards = []
     for completion, column in zip(completions, answer, strict=True):
         found, gold = extract_xml_answer(completion_text(completion)), gold_answer(column)
-        rewards.append(2.0 if found and (found == gold or same_number(found, gold)) else 0.0)
+        rewards.append(2.0 if found and (found == gold or same_answer(found, gold)) else 0.0)
     return rewards
 
 
@@ -132,9 +132,10 @@ def xmlcount_reward_func(
 def numeric_reward_func(
     prompts: Sequence[Completion], completions: Sequence[Completion], answer: Sequence[str], **columns: object
 ) -> list[float]:
-    """1.0 where the text after the first `####` is the gold answer as a number, to within 1e-6, else 0.0.
+    """1.0 where the text after the first `####` is the gold answer, a number to within 1e-6, else 0.0.
 
-    Nothing but the number may stand on that line. `answer` is as for `correctness_reward_func`.
+    Nothing but the answer may stand on that line. Golds that are no numbers are compared as `same_answer`
+    does. `answer` is as for `correctness_reward_func`.
 
     >>> numeric_reward_func(["?"] * 3, ["so\\n#### $72.", "#### 72 apples", "72"], answer=["72", "72", "72"])
     [1.0, 0.0, 0.0]
@@ -142,7 +143,7 @@ def numeric_reward_func(
     rewards = []
     for completion, column in zip(completions, answer, strict=True):
         found = extract_hash_answer(completion_text(completion))
-        rewards.append(1.0 if found is not None and same_number(found, gold_answer(column)) else 0.0)
+        rewards.append(1.0 if found is not None and same_answer(found, gold_answer(column)) else 0.0)
     return rewards
 
 

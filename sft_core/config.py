@@ -12,7 +12,6 @@ from typing import Any, Literal
 import yaml
 
 from sft_core.errors import require
-from sft_core.pairs import read_pairs
 from sft_core.precision import pick_device
 
 
@@ -22,60 +21,6 @@ def flag(default: Any, help: str, *aliases: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """How a question becomes a prompt."""
-
-    prompt_format: Literal["xml", "hash"] = flag("xml", "answers in <reasoning>/<answer> tags, or ending in #### N")
-    shots: int = flag(0, "worked examples shown in the prompt: 0 or 1")
-    system_prompt: str | None = flag(
-        None, "replaces the format's system prompt; '' sends none (chat templates may add their own)"
-    )
-    chat_template_kwargs: list[str] = flag([], "name=value pairs for the chat template, such as enable_thinking=true")
-    max_prompt_tokens: int = flag(256, "the longest prompt, in tokens")
-
-    def check(self) -> None:
-        read_pairs("--chat_template_kwargs", self.chat_template_kwargs)
-        require(self.shots in (0, 1), "shots", self.shots, "0 or 1")
-        require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "1 or more")
-
-
-@dataclass(frozen=True)
-class TaskConfig(PromptConfig):
-    """The problems to train or evaluate on."""
-
-    task: str = flag("gsm8k", "gsm8k (from the hub), arithmetic (built in), or a JSONL file")
-    eval_file: str | None = flag(
-        None,
-        "held-out problems (JSONL) for a JSONL task; without it, training holds out the task's last rows, and eval "
-        "takes its first ones",
-    )
-    difficulty: int = flag(3, "arithmetic: the largest number of operations in a problem (the smallest is one less)")
-    max_samples: int = flag(0, "use only the first N training problems; 0: all")
-    eval_problems: int = flag(
-        200, "number of held-out problems in an evaluation; 0: all of a test split or --eval_file, otherwise none"
-    )
-    long_prompts: Literal["drop", "refuse"] = flag(
-        "drop",
-        "prompts longer than --max_prompt_tokens: drop and count them before training starts, or refuse to start",
-    )
-
-    def check(self) -> None:
-        PromptConfig.check(self)
-        require(
-            self.task in ("gsm8k", "arithmetic") or Path(self.task).is_file(),
-            "task",
-            self.task,
-            "gsm8k, arithmetic, or the path of an existing JSONL file",
-        )
-        require(
-            self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file"
-        )
-        require(1 <= self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
-        for name in ("max_samples", "eval_problems"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)

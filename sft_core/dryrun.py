@@ -6,6 +6,7 @@ from sft_core.job import SFTJob
 from sft_core.learn.trust import trusted_learner
 from sft_core.run.plan_lines import (
     evaluations_at,
+    first_line,
     folder_line,
     lengths_text,
     loaded,
@@ -37,6 +38,7 @@ def sft_plan(job: SFTJob) -> str:
         looks = evaluations_at(config.eval_every, steps, first=False) if task.heldout else []
         lines = {
             "task": task_line(task, config),
+            "first": first_line(policy, some(task), config),
             "model": model_line(config, policy),
             "steps": f"{steps:,} of {config.batch_size} demonstrations{passes(task, config.batch_size, steps)}, "
             f"{min(config.micro_batch, config.batch_size)} rows at a time; {rate_text(config, steps)}",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sft_core.config import ModelConfig, OptimConfig, RunConfig, TaskConfig, flag
+from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require
 from sft_core.model.policy import load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.hub import check_run_push
+from sft_core.text.config import TaskConfig
 from sft_core.text.prompts import drop_long_prompts
 from sft_core.text.tasks import Task, load_task
 
@@ -29,10 +30,10 @@ class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
         require(
-            self.task != "arithmetic" or self.max_steps > 0,
+            not self.endless or self.max_steps > 0,
             "max_steps",
             self.max_steps,
-            "more than 0: the arithmetic task has no end",
+            f"more than 0: the {self.task} task has no end",
         )
 
 

@@ -32,6 +32,10 @@ SAME: dict[str, Same] = {
     "use_cpu": Same("device", "", {"true": "device=cpu", "false": "device=auto"}, True),
     "num_generations": Same("group_size"),
     "max_completion_length": Same("max_completion_tokens", "default there: 512"),
+    "dataset_name": Same("task", "files and folders, too; see `--question_column`, `--answer_column`"),
+    "dataset_config": Same("config_name"),
+    "dataset_train_split": Same("train_split"),
+    "dataset_test_split": Same("eval_split"),
     "reward_funcs": Same("rewards", "the built-in functions have other names; write your own as `my_module:my_reward`"),
     "loss_type": Same("loss", "GRPO only; `bnpo` is `dapo` here, whose mean is over the step instead of a micro-batch"),
     "importance_sampling_level": Same("ratio_level", "default there: token; here the `--loss`'s own"),
@@ -89,7 +93,6 @@ _SAMPLER = "completions are sampled by `model.generate`; see `--rows_leave` and 
 _DEVICES = "a run is one process on one `--device`; for memory see `--lora`, `--gradient_checkpointing`, "
 _DEVICES += "`--offload_optimizer`"
 _ADAPTIVE = "the entropy bonus is constant here: use `--entropy_coef`"
-_DATA = "use `--task`: gsm8k, arithmetic, or a JSONL file with the columns question and answer"
 _FIXED = "no such sampling rule here; use `--temperature`, `--top_k`, `--top_p` or `--min_p`"
 _FOUR = "use `--use_4bit`: NF4 with nested quantization, which TRL has off by default"
 _SYNC = "use `--ref_sync_every N` (N is 512 in TRL; 0: never), which also switches it on"
@@ -145,8 +148,6 @@ REFUSED: dict[str, str] = {
     "hub_model_id": "use `--push_to_hub OWNER/NAME`, which uploads the final model",
     "hub_token": "`--push_to_hub` takes HF_TOKEN from the environment, or a login",
     "data_seed": "`--seed` also seeds the order of the data",
-    "dataset_name": _DATA,
-    "dataset_config": _DATA,
     "reward_model_name_or_path": "use `--rewards my_module:my_reward`, a function that asks the model",
 }
 

@@ -35,6 +35,7 @@ from sft_core.run.hub import push_run
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
 from sft_core.run.runlog import RunFolder
+from sft_core.text.example import Example
 from sft_core.text.prompts import (
     FORMATS,
     demonstration,
@@ -42,7 +43,6 @@ from sft_core.text.prompts import (
     is_terse,
     prompt_ids,
 )
-from sft_core.text.tasks import Example
 
 PRESETS = Path(__file__).parent / "presets"
 

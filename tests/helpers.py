@@ -22,7 +22,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
 from grpo_core.reference import Reference
 from grpo_core.step import Learner, StepReport, grpo_step
-from rewards import Reward
+from rewards import Reward, TrainerState
 from sft_core.cli import parse_config
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, pack_rows
@@ -30,7 +30,7 @@ from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
 from sft_core.model.tiny import build_tokenizer
 from sft_core.precision import pick_precision
-from sft_core.text.tasks import Example
+from sft_core.text.example import Example
 
 # On models this small a second thread only waits for the first, for seconds where the machine is busy; CI asks for it.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
@@ -198,7 +198,7 @@ class GradientCatcher:
         self.policy, self.micro_batch, self.lr = policy, micro_batch, lr
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
-        self._loss = 0.0
+        self._loss, self.state = 0.0, TrainerState(0, 1)
 
     def accumulate(self, rows: Rows, learn: Callable[[slice, Rows], Any]) -> list[Any]:
         return [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)]

@@ -16,11 +16,12 @@ from transformers import TextStreamer
 import eval.ask
 from eval.ask import AskConfig, Reply, as_problem, prepare, reply
 from eval.sampling import Samples, Sampling, sample
-from sft_core.config import PromptConfig
 from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy, load_policy
+from sft_core.text.config import PromptConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Example, read_problems
+from sft_core.text.tasks import read_problems
 from tests.helpers import tiny_policy
 from tests.test_command_line import forbid_models
 

@@ -60,7 +60,7 @@ def workplace(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> W
     files = {
         "good.jsonl": "".join(rows),
         "line17.jsonl": "".join(rows[:16]) + "{'single': 'quotes'}\n" + "".join(rows[17:]),
-        "no-gold.jsonl": "".join(rows[:16]) + json.dumps({"question": "What?", "answer": "17"}) + "\n",
+        "no-gold.jsonl": "".join(rows[:16]) + json.dumps({"question": "What?", "answer": "seventeen"}) + "\n",
         "empty.jsonl": "\n",
         "malformed.yaml": "lr: [1\nbeta: }\n",
         "unknown-key.yaml": "max_promt_tokens: 4\n",
@@ -106,7 +106,7 @@ def the_error_line(argv: list[str], program: str, capsys: pytest.CaptureFixture[
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # what: the flags, and what the line must hold
     "unknown flag": (["--max_promt_tokens", "4"], ["--max_promt_tokens: no such flag", "--max_prompt_tokens?"]),
-    "missing file": (["--task", "none.jsonl"], ["--task none.jsonl", "existing JSONL file"]),
+    "missing file": (["--task", "none.jsonl"], ["--task none.jsonl", "existing file"]),
     "missing eval file": (["--eval_file", "none.jsonl"], ["--eval_file none.jsonl", "existing file"]),
     "malformed line 17": (["--task", "line17.jsonl"], ["line17.jsonl, line 17: not JSON"]),
     "no answer in line 17": (["--task", "no-gold.jsonl"], ["no-gold.jsonl, line 17:", "####"]),
@@ -252,7 +252,7 @@ def test_gsm8k_without_the_hub_is_one_line_that_names_local_files(
     forbid_models(monkeypatch)
     monkeypatch.setattr("datasets.load_dataset", offline)
     line = the_error_line(workplace.argv(program, "--task", "gsm8k"), program, capsys)
-    assert line.startswith("--task gsm8k: cannot load") and "local JSONL file" in line
+    assert line.startswith("--task gsm8k: cannot load") and "local file" in line
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

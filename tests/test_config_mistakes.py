@@ -86,7 +86,10 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(presets: Path) -> Non
 @pytest.mark.parametrize(
     ("argv", "accepted"),
     [
-        (["--task", "nowhere.jsonl"], "gsm8k, arithmetic, or the path of an existing JSONL file"),
+        (
+            ["--task", "nowhere.jsonl"],
+            "gsm8k, arithmetic, ordering, the path of an existing file or folder",
+        ),
         (["--eval_file", "nowhere.jsonl"], "an existing file"),
         (["--difficulty", "9"], "1 to 8"),
         (["--shots", "2"], "0 or 1"),

@@ -17,12 +17,12 @@ import eval.evaluate
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
 from eval.sampling import Samples, Sampling
 from rewards import correctness_reward_func, numeric_reward_func
-from sft_core.config import TaskConfig
 from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy
 from sft_core.text.arithmetic import ArithmeticStream
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example, as_example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Example, as_example
 from tests.helpers import tiny_policy
 
 HASH = TaskConfig(prompt_format="hash", system_prompt="")

@@ -17,7 +17,7 @@ from eval.statistics import wilson_interval
 from rewards.tables import markdown
 from sft_core.model.policy import Policy, is_adapted
 from sft_core.model.tiny import build_tiny
-from sft_core.text.tasks import Example
+from sft_core.text.example import Example
 from tests.helpers import PEFT_IS_BEHIND, tiny_policy
 from tests.test_eval import HASH, answer, asked, reply
 

@@ -21,12 +21,13 @@ import eval.ask
 import eval.export
 import grpo_core.train
 import sft_core.train
-from sft_core.config import FREE_ON_RESUME, PromptConfig, RunConfig
+from sft_core.config import FREE_ON_RESUME, RunConfig
 from sft_core.run.card import model_card
 from sft_core.run.hub import pushing
 from sft_core.run.trained import Trained, find_trained
+from sft_core.text.config import PromptConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Example
 from tests.faulty import SFT, command
 from tests.helpers import PEFT_IS_BEHIND
 from tests.hub import Hub, serving, take_for_the_hub

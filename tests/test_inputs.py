@@ -18,12 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import eval.__main__
 import grpo_core.train
 import sft_core.train
-from sft_core.config import ModelConfig, TaskConfig
+from sft_core.config import ModelConfig
 from sft_core.model.policy import load_policy, load_tokenizer
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import drop_long_prompts, encode_prompt, prompt_messages
-from sft_core.text.tasks import Example, load_task, read_problems
+from sft_core.text.tasks import load_task, read_problems
 from tests.helpers import tokenizer
 
 GOOD = b'{"question": "2 + 2?", "answer": "#### 4"}'
@@ -88,9 +90,10 @@ def test_further_columns_may_hold_anything(tmp_path: Path) -> None:
         (b'{"question": "half a \\ud800", "answer": "#### 4"}', "column question holds half of a surrogate pair"),
         (b'{"question": "2?", "answer": "\\udc00\\n#### 4"}', "column answer holds half of a surrogate pair"),
         (b'{"question": "2?", "answer": "#### 4", "question": "3?"}', "not JSON (the key 'question' is there twice)"),
-        (b'{"question": "2?", "answer": "#### four"}', "`#### 'four'`, which is not a number"),
+        (b'{"question": "2?", "answer": "#### four"}', "`#### 'four'`, which is not a number; --answer_type text"),
         (b'{"question": "2?", "answer": "#### 4 apples\\r\\u2028"}', "which is not a number"),
-        (b'{"question": "2?", "answer": "#### "}', "no `#### N`"),
+        (b'{"question": "2?", "answer": "#### "}', "ends in `####` and nothing after it"),
+        (b'{"question": "2?", "answer": "four"}', "'four' has no `#### N`, and is not a number; --answer_type text"),
         (b'{"question": NaN, "answer": "#### 4"}', "column question is missing, empty or not a string"),
         (b"NaN", "found float"),
         (b"[" * 200_000, "not JSON (maximum recursion"),
@@ -168,10 +171,14 @@ def test_a_folder_or_a_pipe_is_not_a_task(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
-        line = the_error_line(program, ["--model", str(tmp_path), flag, str(path)], capsys)
-        assert f"{flag} {path}: expected" in line and "existing" in line
         with pytest.raises(ValueError, match="is not a file"):
             read_problems(path)
+        if flag == "--task" and path == tmp_path:
+            with pytest.raises(ValueError, match=f"--task {path}: cannot load"):  # a folder may hold a data set
+                load_task(TaskConfig(task=str(path)), seed=0)
+            continue
+        line = the_error_line(program, ["--model", str(tmp_path), flag, str(path)], capsys)
+        assert f"{flag} {path}: expected" in line and "existing" in line
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import grpo_core.train
 import sft_core.train
 from sft_core.job import SFTConfig
 from sft_core.model.tiny import build_tokenizer, model_config
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Example
 from tests.helpers import (
     EXAMPLES,
     PEFT_IS_BEHIND,

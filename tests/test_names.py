@@ -5,25 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import benchmarks.compare_trl
-import benchmarks.plan.__main__
-import benchmarks.step_time
-import eval.__main__
-import eval.ask
-import eval.compare
-import eval.export
-import grpo_core.doctor.__main__
-import grpo_core.pipeline.__main__
-import grpo_core.train
-import rewards.__main__
-import sft_core.train
 from eval.ask import AskConfig
 from eval.config import EvalConfig
 from eval.export import ExportConfig
@@ -31,7 +18,6 @@ from grpo_core.config import GRPOConfig
 from grpo_core.pipeline.stages import Settings, understood
 from sft_core.cli import parse_config
 from sft_core.config import as_yaml
-from sft_core.helptext import GROUPS, names_of
 from sft_core.job import SFTConfig
 from sft_core.names import REFUSED, SAME, SHARED
 from tests.helpers import message_of, yaml_file
@@ -45,6 +31,10 @@ OWN = ("output_dir", "resume", "overwrite", "dry_run")  # of the pipeline itself
 EXAMPLES: dict[str, tuple[str, str, str]] = {
     "model_name_or_path": ("some/model", "--model some/model", ""),
     "use_peft": ("True", "--lora", ""),
+    "dataset_name": ("some/data", "--task some/data", ""),
+    "dataset_config": ("main", "--config_name main", ""),
+    "dataset_train_split": ("dev", "--train_split dev", ""),
+    "dataset_test_split": ("dev", "--eval_split dev", ""),
     "lora_target_modules": ("q_proj v_proj", "--lora_targets q_proj v_proj", ""),
     "use_cpu": ("True", "--device cpu", ""),
     "num_generations": ("4", "--group_size 4", ""),
@@ -123,7 +113,8 @@ def test_the_pipeline_takes_an_alias_with_and_without_a_stages_name(
     value, ours, needed = EXAMPLES[name]
     steps = [] if name in ("max_steps", "num_train_epochs") else ["--grpo.max_steps", "3"]
     (tmp_path / "task.jsonl").write_text('{"question": "What is 1?", "answer": "#### 1"}\n')
-    base = ["--mode", "grpo", "--preset", "tiny", "--task", "task.jsonl", *steps, *needed.split()]
+    task = [] if name == "dataset_name" else ["--task", "task.jsonl"]
+    base = ["--mode", "grpo", "--preset", "tiny", *task, *steps, *needed.split()]
     for stage in ("", "grpo."):
         expected = configs([*base, *ours.replace("--", f"--{stage}").split()])
         assert configs([*base, f"--{stage}{name}", *value.split()]) == expected
@@ -244,57 +235,3 @@ def test_every_name_is_trls_or_transformers_own() -> None:
     assert {*SAME, *REFUSED, *SHARED} - theirs == older
     assert theirs & set().union(*FIELDS.values()) <= {*SAME, *SHARED}  # one name in both is told about
     assert not (set(SAME) & set(REFUSED) | set(SAME) & set(SHARED) | set(REFUSED) & set(SHARED))
-
-
-# --- help
-
-MAINS: dict[str, Callable[[list[str]], Any]] = {
-    "sft_core.train": sft_core.train.main,
-    "grpo_core.train": grpo_core.train.main,
-    "eval": eval.__main__.main,
-    "eval.ask": eval.ask.main,
-    "eval.export": eval.export.main,
-    "eval.compare": eval.compare.main,
-    "grpo_core.pipeline": grpo_core.pipeline.__main__.main,
-    "grpo_core.doctor": grpo_core.doctor.__main__.main,
-    "rewards": rewards.__main__.main,
-    "benchmarks.plan": benchmarks.plan.__main__.main,
-    "benchmarks.step_time": benchmarks.step_time.main,
-    "benchmarks.compare_trl": benchmarks.compare_trl.main,
-}
-
-
-@pytest.mark.parametrize("program", MAINS)
-def test_help_is_a_screen_that_ends_in_how_to_see_every_flag(
-    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    told = {}
-    for line in ("--help", "-h", "--help all", "-h all"):
-        with pytest.raises(SystemExit, match="0"):
-            MAINS[program](line.split())
-        told[line] = capsys.readouterr().out
-    assert told["--help"] == told["-h"] and told["--help all"] == told["-h all"]
-    assert len(lines := told["--help"].splitlines()) <= 50 and lines[-1] == "`--help all` lists every flag."
-    assert set(re.findall(r"^  (--\w+)", told["--help"], re.MULTILINE)) <= set(re.findall(r"--\w+", told["--help all"]))
-
-
-def test_help_all_lists_the_flags_of_each_group_under_its_title(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    for program in ("grpo_core.train", "benchmarks.plan", "grpo_core.pipeline"):
-        with pytest.raises(SystemExit):
-            MAINS[program](["--help", "all"])
-        titles = re.split(r"^(\w[\w ]*):\n", capsys.readouterr().out, flags=re.MULTILINE)
-        sections = dict(zip(titles[1::2], titles[2::2], strict=True))
-        assert list(sections) == ["flags", *GROUPS]
-        for title in GROUPS:
-            listed = re.findall(r"^  --(\w+)", sections[title], re.MULTILINE)
-            wanted = [name for part in names_of(title) for name in part if name in FIELDS[GRPOConfig]]
-            assert set(wanted) - set(listed) <= (set(OWN) if program == "grpo_core.pipeline" else set())
-
-
-def test_every_flag_is_in_one_group() -> None:
-    grouped = [name for title in GROUPS for part in names_of(title) for name in part]
-    assert sorted(grouped) == sorted(set().union(*FIELDS.values()))

@@ -182,8 +182,7 @@ def test_the_page_is_short_and_imports_nothing_but_torch_transformers_reward_and
     ]
     assert own == [
         "rewards",
-        "sft_core.config",
-        *(f"sft_core.text.{name}" for name in ("arithmetic", "prompts", "tasks")),
+        *(f"sft_core.text.{name}" for name in ("arithmetic", "config", "example", "prompts", "tasks")),
     ]
     assert "grpo_core" not in "".join(
         line for line in head.splitlines(keepends=True) if line.startswith(("from", "import"))

@@ -16,9 +16,11 @@ from rewards import (
     strict_format_reward_func,
     xmlcount_reward_func,
 )
-from sft_core.config import ModelConfig, TaskConfig
+from sft_core.config import ModelConfig
 from sft_core.model.policy import load_policy
 from sft_core.model.tiny import build_tiny
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import (
     FORMATS,
     SHOT,
@@ -28,8 +30,8 @@ from sft_core.text.prompts import (
     encode_completion,
     encode_prompt,
     prompt_messages,
+    system_prompt,
 )
-from sft_core.text.tasks import Example
 from tests.helpers import SHARED, tokenizer
 
 REAL_QWEN = SHARED / "models" / "qwen2.5-0.5b-instruct"
@@ -91,7 +93,7 @@ def test_a_terse_demonstration_states_the_answer_and_shows_no_working(fmt: Promp
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_prompt_is_the_formats_system_prompt_and_the_question(name: str) -> None:
     assert prompt_messages(APPLES, TaskConfig(prompt_format=name)) == [  # type: ignore[arg-type]
-        {"role": "system", "content": FORMATS[name].system},
+        {"role": "system", "content": system_prompt(FORMATS[name], "number")},
         {"role": "user", "content": APPLES.question},
     ]
 

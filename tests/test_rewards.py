@@ -122,11 +122,13 @@ def test_an_answer_is_right_when_it_is_the_same_number(found, gold, right):
     assert pay(numeric_reward_func, f"so\n#### {found}\n", gold) == (1.0 if right else 0.0)
 
 
-def test_an_answer_that_is_no_number_is_right_when_it_is_the_same_text():
+def test_an_answer_that_is_no_number_is_right_when_it_is_the_same_words():
     assert pay(correctness_reward_func, xml(" blue "), "so\n#### blue") == 2.0
-    assert pay(correctness_reward_func, xml("Blue"), "blue") == 0.0
+    assert pay(correctness_reward_func, xml("The Blue."), "blue") == 2.0
+    assert pay(correctness_reward_func, xml("blue whale"), "blue") == 0.0
     assert pay(correctness_reward_func, xml("٤"), "٤") == 2.0
-    assert pay(numeric_reward_func, "#### blue", "blue") == 0.0
+    assert pay(numeric_reward_func, "#### blue", "blue") == 1.0
+    assert pay(numeric_reward_func, "#### blue", "7") == pay(numeric_reward_func, "#### -7", "7") == 0.0
 
 
 def test_an_answer_without_its_format_earns_nothing():

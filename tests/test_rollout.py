@@ -21,8 +21,9 @@ from rewards import Reward, Scores, load_rewards
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_prompt, prompt_messages
-from sft_core.text.tasks import Example, Task
+from sft_core.text.tasks import Task
 from tests.helpers import caught, ends_often, grpo_config, tiny_policy, with_samples
 
 # Prompts of unlike lengths: a group that takes another's place needs other padding.

@@ -73,7 +73,7 @@ def test_an_unknown_reward_is_refused_with_the_nearest_known_name(name, nearest)
     assert all(known in str(caught.value) for known in [*REWARDS, "my_module:my_reward"])
 
 
-@pytest.mark.parametrize("name", ["", ":", "my_module:", ":my_reward", "a:b:c", "./m.py:f", "..m:f", "a/b:f", " "])
+@pytest.mark.parametrize("name", ["", ":", "my_module:", ":my_reward", "a:b:c", "..m:f", "a/b:f", " "])
 def test_what_is_not_a_module_and_a_name_is_refused_before_any_import(name):
     with pytest.raises(ValueError, match="--rewards '.*': no such reward function.*my_module:my_reward"):
         load_reward(name)

@@ -12,7 +12,7 @@ from sft_core.job import SFTConfig
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
 from sft_core.text.arithmetic import ArithmeticStream
-from sft_core.text.tasks import Example, as_example
+from sft_core.text.example import Example, as_example
 from sft_core.train import encode_demonstrations, heldout_loss, sft_step
 from tests.helpers import (
     EXAMPLES,

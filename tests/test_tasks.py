@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from rewards import correctness_reward_func, numeric_reward_func, parse_number
-from sft_core.config import TaskConfig
 from sft_core.text.arithmetic import GAINS, LARGEST_TOTAL, LOSSES, ArithmeticStream
-from sft_core.text.tasks import GSM8K, Example, Task, load_heldout, load_task, read_problems
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
+from sft_core.text.read import GSM8K
+from sft_core.text.tasks import Task, load_heldout, load_task, read_problems
 from tests.helpers import SHARED
 
 REAL_GSM8K = SHARED / "data" / "gsm8k"
@@ -162,8 +164,8 @@ def written(folder: Path, lines: list[str], name: str = "problems.jsonl") -> Pat
         ('{"question": "2 + 2?"}', "answer"),
         ('{"question": "  ", "answer": "#### 4"}', "question"),
         ('{"question": "2 + 2?", "answer": ""}', "answer"),
-        ('{"question": "2 + 2?", "answer": 4}', "answer"),
-        ('{"question": "2 + 2?", "answer": "4"}', "####"),
+        ('{"question": "2 + 2?", "answer": true}', "answer"),
+        ('{"question": "2 + 2?", "answer": "four"}', "####"),
         ('{"question": "2 + 2?", "answer": "so\\n####  \\n"}', "####"),
     ],
 )
@@ -267,7 +269,7 @@ def test_an_unreachable_hub_is_one_line_that_names_local_files(
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(ValueError, match="--task gsm8k.*local JSONL file") as caught:
+    with pytest.raises(ValueError, match="--task gsm8k.*local file") as caught:
         load_task(TaskConfig(task="gsm8k"), seed=0)
     assert "\n" not in str(caught.value)
 

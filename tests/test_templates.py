@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from eval.sampling import Sampling, sample
-from sft_core.config import TaskConfig
 from sft_core.errors import Refused
 from sft_core.model.policy import end_of_sequence_ids
 from sft_core.model.source import Source
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import encode_completion, prompt_ids
-from sft_core.text.tasks import Example
 from tests.helpers import tiny_policy
 from tests.test_trust import wrapped
 

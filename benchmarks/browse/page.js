@@ -3,7 +3,8 @@
 // --- what is there: groups of training in their order, held-out problems
 
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
-const deviation = (values) => Math.sqrt(mean(values.map((value) => (value - mean(values)) ** 2)));
+// Over n - 1, as the advantages have it.
+const deviation = (values) => Math.sqrt(values.reduce((sum, value) => sum + (value - mean(values)) ** 2, 0) / (values.length - 1));
 const rows = data.groups.flatMap((group) => group.rows);
 const largestOf = (value) => // not Math.max(...values), which takes only so many
   rows.reduce((most, row) => Math.max(most, Math.abs(value(row) || 0)), 1e-9);
@@ -56,13 +57,13 @@ const VIEWS = {
     },
     sort: {
       order: ["step", null],
-      spread: ["reward spread", (g) => -g.spread],
+      spread: ["standard deviation of rewards", (g) => -g.spread],
       low: ["lowest mean reward", (g) => (g.mean === null ? Infinity : g.mean)],
       high: ["highest mean reward", (g) => -g.mean],
     },
     key: (g) => ({ step: String(g.step), group: String(g.group) }),
     text: (g) => [g.problem.question, g.problem.expected, ...g.rows.map(rowText)].join("\n"),
-    small: (g) => `step ${g.step}, group ${g.group}: mean ${number(g.mean)}, spread ${number(g.spread)}, `
+    small: (g) => `step ${g.step}, group ${g.group}: mean ${number(g.mean)}, standard deviation ${number(g.spread)}, `
       + `${g.right} of ${g.rows.length} right${g.truncated ? `, ${g.truncated} truncated` : ""}`,
     question: (g) => g.problem.question,
   },

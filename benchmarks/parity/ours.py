@@ -33,7 +33,7 @@ from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy, load_policy, without_dropout
 from sft_core.model.source import find_source
-from sft_core.text.tasks import Example
+from sft_core.text.example import Example
 
 
 def configuration(case: Case, folder: Path) -> GRPOConfig:

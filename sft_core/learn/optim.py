@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from transformers import get_scheduler
 
+from rewards import TrainerState
 from sft_core.config import OptimConfig
 from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
@@ -45,11 +46,17 @@ class Optimizer(Recovery, Saved):
         self.scaler = policy.precision.grad_scaler()
         self.initial_scale = self.scaler.get_scale()
         self.loss = torch.zeros(())  # of the current pass
+        self.total_steps = total_steps
         self.passes = 0  # calls of `clip_and_step`: until it grows, weights and moments are what they were
 
     @property
     def lr(self) -> float:
         return float(self.adamw.param_groups[0]["lr"])
+
+    @property
+    def state(self) -> TrainerState:
+        """How far training is."""
+        return TrainerState(self.schedule.last_epoch, self.total_steps)
 
     def accumulate(self, rows: Rows, learn: Callable[[slice, Rows], Learned]) -> list[Learned]:
         """Call `learn`, which computes a loss and hands it to `backward`, on all rows, a micro-batch at a time."""

@@ -16,11 +16,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rewards.jsonl import read_jsonl
 from rewards.tables import markdown
-from sft_core.config import PromptConfig
 from sft_core.run.provenance import shown_flags, without_folders
 from sft_core.run.trained import Trained
+from sft_core.text.config import PromptConfig, is_hub_name
+from sft_core.text.example import Example
 from sft_core.text.prompts import prompt_messages
-from sft_core.text.tasks import GSM8K, Example
+from sft_core.text.read import GSM8K
 
 QUESTION = "Ben has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?"
 
@@ -39,13 +40,13 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
     log = read_jsonl(trained.run / "log.jsonl", torn_end=True) if trained.run else []
     log = [line for line in log if line["step"] <= trained.step]
     held = [line for line in log if line.get("kind") == "eval"]
-    kind = _kind(settings)
+    kind, task = _kind(settings), str(settings.get("task"))
     metadata = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[tag for tag, there in (("grpo", kind == "GRPO"), ("sft", kind == "SFT"), ("lora", adapter)) if there],
-        datasets=[GSM8K] if settings.get("task") == "gsm8k" else None,
+        datasets=[GSM8K] if settings.get("task") == "gsm8k" else [task] if is_hub_name(task) else None,
         **_results(name, settings, log),
     )
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {name.split('/')[-1]}", _what(kind, settings, base, adapter)]

@@ -11,13 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sft_core.config import FolderConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
+from sft_core.config import FolderConfig, ModelConfig, OptimConfig, RunConfig
 from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import Source, find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import checkpoints, step_of
+from sft_core.text.config import TaskConfig
+from sft_core.text.example import Example
 from sft_core.text.prompts import prompt_ids
-from sft_core.text.tasks import Example, Task
+from sft_core.text.tasks import Task
 
 GB = 1e9
 LOOKED_AT = 500  # problems of an endless task whose lengths stand for all
@@ -67,6 +69,13 @@ def lengths_text(lengths: Sequence[int], limit: int) -> str:
 def task_line(task: Task, config: TaskConfig) -> str:
     size = "endless" if task.size is None else f"{task.size:,} training problems"
     return f"{task.name}: {size}, {len(task.heldout):,} held out; {config.prompt_format} answers, {config.shots} shots"
+
+
+def first_line(policy: Policy, examples: Sequence[Example], config: TaskConfig) -> str:
+    """The first problem as the model will see it, on one line, and the answer that is expected of it."""
+    prompt = policy.tokenizer.decode(prompt_ids(policy.tokenizer, examples[0], config))
+    answer = f"{examples[0].answer!r} is expected" if examples[0].answer else "no answer is expected: rewards judge"
+    return f"{prompt!r}; {answer}"
 
 
 def model_line(config: ModelConfig, policy: Policy, name: str = "") -> str:

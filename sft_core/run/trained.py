@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from sft_core.config import PromptConfig
 from sft_core.model.source import is_a_path
 from sft_core.run.checkpoint import checkpoints, is_checkpoint, step_of
+from sft_core.text.config import PromptConfig
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is asked, as text.
 
-`tasks` reads GSM8K, a JSONL file or the built-in arithmetic, `prompts` makes chat messages and token ids of a problem.
-Imports from `sft_core`: errors, config.
+`read` has the rows of files and data sets, `example` makes a problem of a row, `tasks` a training and a held-out side
+of problems (`arithmetic` and `ordering` make theirs by code), `prompts` chat messages and token ids.
+Imports from `sft_core`: errors, config, pairs.
 """

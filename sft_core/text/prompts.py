@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards import extract_hash_answer, extract_xml_answer
-from sft_core.config import PromptConfig, TaskConfig
 from sft_core.errors import refused
 from sft_core.pairs import read_pairs
-from sft_core.text.tasks import Example
-
-Message = dict[str, str]
+from sft_core.text.config import AnswerType, PromptConfig, TaskConfig
+from sft_core.text.example import Example, Message
 
 SHOT = Example(
     question="A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are left?",
@@ -45,18 +43,33 @@ def _render_hash(working: str, answer: str) -> str:
 FORMATS = {
     "xml": PromptFormat(
         "xml",
-        "Think before you answer, and write exactly in this form, with a bare number as the answer:\n"
+        "Think before you answer, and write exactly in this form, with {answer} as the answer:\n"
         "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n",
         _render_xml,
         extract_xml_answer,
     ),
     "hash": PromptFormat(
         "hash",
-        "Work out the answer step by step. Close with a line that holds #### and the bare number, like: #### 42",
+        "Work out the answer step by step. Close with a line that holds #### and {answer}, like: #### {like}",
         _render_hash,
         extract_hash_answer,
     ),
 }
+
+
+def system_prompt(fmt: PromptFormat, answers: AnswerType) -> str:
+    """What the format says of itself, for answers of this type; nothing where only rewards judge.
+
+    >>> system_prompt(FORMATS["hash"], "multiple_choice")
+    'Work out the answer step by step. Close with a line that holds #### and the letter of the choice, like: #### B'
+    """
+    if answers == "none":
+        return ""
+    what, like = {"number": ("bare number", "42"), "text": ("bare answer", "blue whale")}.get(
+        answers, ("letter of the choice", "B")
+    )
+    article = "a" if answers == "number" and fmt.name == "xml" else "the"
+    return fmt.system.format(answer=f"{article} {what}", like=like)
 
 
 def demonstration(example: Example, fmt: PromptFormat, terse: bool = False) -> str:
@@ -70,7 +83,7 @@ def demonstration(example: Example, fmt: PromptFormat, terse: bool = False) -> s
     >>> demonstration(SHOT, FORMATS["hash"], terse=True)
     '#### 16'
     """
-    working = re.sub(r"<<[^<>]*>>", "", example.solution.split("####")[0]).strip()
+    working = re.sub(r"<<[^<>]*>>", "", example.working).strip()
     return fmt.render("" if terse else working, example.answer)
 
 
@@ -80,16 +93,17 @@ def is_terse(example: Example, worked_share: float) -> bool:
 
 
 def prompt_messages(example: Example, config: PromptConfig) -> list[Message]:
-    """System prompt, the worked example where `--shots 1` asks for it, and the question."""
+    """System prompt, the worked example where `--shots 1` asks for it, the conversation until now, and the question."""
     fmt = FORMATS[config.prompt_format]
-    system = fmt.system if config.system_prompt is None else config.system_prompt
-    messages = [{"role": "system", "content": system}] if system else []
+    system = system_prompt(fmt, config.answers) if config.system_prompt is None else config.system_prompt
+    has_its_own = any(message["role"] == "system" for message in example.earlier)
+    messages = [{"role": "system", "content": system}] if system and not has_its_own else []
     if config.shots:
         messages += [
             {"role": "user", "content": SHOT.question},
             {"role": "assistant", "content": demonstration(SHOT, fmt)},
         ]
-    return [*messages, {"role": "user", "content": example.question}]
+    return [*messages, *example.earlier, {"role": "user", "content": example.question}]
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], arguments: dict[str, Any] | None = None) -> list[int]:

@@ -44,8 +44,8 @@ BUGS = [
         "grpo_core/objective.py",
         "-torch.minimum(ratio.clamp(max=delta) * advantage_NT, clipped * advantage_NT)",
         "-torch.minimum(ratio * advantage_NT, clipped.clamp(max=delta) * advantage_NT)",
-        "delta is above 1 + epsilon_high, so there it bounds nothing: a bad token that became 50 times likelier pulls "
-        "50 times as hard, which is what the option was set against.",
+        "delta is above 1 + epsilon_high, so there it bounds nothing: a bad token that became 50 times more likely "
+        "pulls 50 times as hard, which is what the option was set against.",
         ("grpo_core/objective.py::grpo_core.objective.clipped_surrogate",),
     ),
     Mutation(
@@ -55,7 +55,7 @@ BUGS = [
         "-ratio.clamp(max=1 + epsilon_high).detach() * advantage_NT * logp_NT",
         "-ratio.clamp(max=1 + epsilon_high) * advantage_NT * logp_NT",
         "The weight is meant to be a constant. With its own gradient, which is times log pi < 0, good tokens are made "
-        "rarer as soon as log pi is below -1.",
+        "less likely as soon as log pi is below -1.",
         (f"{VARIANTS}test_every_cispo_token_pulls_by_its_weight_through_its_log_probability_alone",),
     ),
     Mutation(
@@ -73,8 +73,8 @@ BUGS = [
         "grpo_core/variants.py",
         "sapo(ratio, advantage_NT, config.sapo_temperature_pos, config.sapo_temperature_neg)",
         "sapo(ratio, advantage_NT, config.sapo_temperature_neg, config.sapo_temperature_pos)",
-        "The gate that should close sooner, on tokens to be made rarer, closes later. With 1 and 1.05 no curve shows "
-        "it.",
+        "The gate that should close sooner, on tokens to be made less likely, closes later. With 1 and 1.05 no curve "
+        "shows it.",
         (f"{LOSSES}test_sapo_gets_each_signs_temperature",),
     ),
     Mutation(
@@ -83,7 +83,7 @@ BUGS = [
         "grpo_core/variants.py",
         "-torch.sigmoid(tau_NT * (ratio - 1))",
         "-torch.sigmoid(tau_NT * (1 - ratio))",
-        "The gradient changes its sign: good tokens become rarer.",
+        "The gradient changes its sign: good tokens become less likely.",
         ("grpo_core/variants.py::grpo_core.variants.sapo",),
     ),
     Mutation(

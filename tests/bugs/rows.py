@@ -169,7 +169,7 @@ BUGS = [
     Mutation(
         11,
         "golds tiled instead of interleaved",
-        "grpo_core/step.py",
+        "grpo_core/scoring.py",
         "repeated = [example for example in examples for _ in range(config.group_size)]",
         "repeated = list(examples) * config.group_size",
         "The same from the other side.",
@@ -178,7 +178,7 @@ BUGS = [
     Mutation(
         11,
         "rewards folded into groups the wrong way",
-        "grpo_core/step.py",
+        "grpo_core/scoring.py",
         "torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)",
         "torch.tensor(scores.total, dtype=torch.float64).view(config.group_size, len(examples)).T",
         "Each completion is compared with the answers to other questions, and advantages land on the wrong rows.",

@@ -73,7 +73,7 @@ BUGS = [
         "grpo_core/variants.py",
         "((advantage_NT >= 0) | (drift_N1 <= threshold))",
         "((advantage_NT <= 0) | (drift_N1 <= threshold))",
-        "What should be made likelier again is dropped, and bad completions the policy has left are pushed on down.",
+        "What should be made more likely again is dropped, and bad completions the policy has left are pushed on down.",
         ("grpo_core/variants.py::grpo_core.variants.near_policy_rows",),
     ),
     Mutation(
@@ -82,7 +82,7 @@ BUGS = [
         "grpo_core/variants.py",
         "drift_NT = old_logp_NT - logp_NT.detach()",
         "drift_NT = logp_NT.detach() - old_logp_NT",
-        "Rows are dropped for having become likelier, which are the ones that a bad advantage should act on.",
+        "Rows are dropped for having become more likely, which are the ones that a bad advantage should act on.",
         ("grpo_core/variants.py::grpo_core.variants.near_policy_rows",),
     ),
     Mutation(

@@ -1,0 +1,49 @@
+"""Rewards of a step's completions: the reward functions called as TRL calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.sampling import Samples
+from grpo_core.config import GRPOConfig
+from rewards import Reward, Scores, TrainerState, score
+from sft_core.text.example import Example
+from sft_core.text.prompts import prompt_messages
+
+FIELDS = ("question", "answer", "solution")
+# What reward functions receive whatever the data: fields of an `Example`, the sampled ids, two sizes of the budget.
+# The data's own columns come on top, under their names.
+REWARD_COLUMNS = (*FIELDS, "completion_ids", "max_completion_tokens", "overlong_buffer")
+
+
+def score_groups(
+    rewards: list[Reward],
+    samples: Samples,
+    examples: Sequence[Example],
+    config: GRPOConfig,
+    state: TrainerState | None = None,
+) -> tuple[Scores, Tensor]:
+    """Every reward function's values, and their weighted sums as reward_BG (float64, on the CPU)."""
+    repeated = [example for example in examples for _ in range(config.group_size)]
+    N, budget = len(repeated), config.max_completion_tokens
+    names = sorted({name for example in examples for name in example.columns})
+    columns: dict[str, list[Any]] = {
+        **{name: [getattr(example, name) for example in repeated] for name in FIELDS},
+        **{name: [example.columns.get(name) for example in repeated] for name in names},
+        "completion_ids": samples.rows.completion_ids(),
+        "max_completion_tokens": [budget] * N,
+        "overlong_buffer": [config.overlong_buffer or max(1, budget // 5)] * N,
+    }
+    prompts: list[Any] = [example.question for example in repeated]
+    completions: list[Any] = samples.texts
+    if config.reward_format == "chat":
+        prompts = [prompt_messages(example, config) for example in repeated]
+        completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
+    scores = score(rewards, prompts, completions, columns, config.reward_timeout, state)
+    if config.shuffle_rewards:
+        scores = scores.reordered(torch.randperm(N).tolist())
+    return scores, torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)
