@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import eval.ask
 from tests.faulty import FORKS
@@ -76,6 +77,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             code = 99
+            torch.set_num_threads(1)  # as in tests/killing.py: a fork has none of its parent's other threads
             try:
                 sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
                 real, slow = eval.ask.sample, [True]

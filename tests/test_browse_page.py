@@ -106,7 +106,7 @@ def test_groups_are_searched_sorted_and_walked_through_with_keys(chromium: Brows
     chromium.open(address)
     chromium.choose("#sort", "spread")
     order = [re.findall(r"standard deviation ([\d.]+)", text)[0] for text in chromium.texts("#list small")]
-    assert order == ["0.50", "0.38", "0.00", "0.00"]
+    assert order == ["0.71", "0.53", "0.00", "0.00"]
     chromium.press("j")
     assert "step 3, group 0" in chromium.text("main .note")
     chromium.press("k")
