@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from eval.sampling import Sampling
+from grpo_core.recipes import settings_of
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require
 from sft_core.text.config import TaskConfig
@@ -163,6 +164,9 @@ class ObjectiveConfig:
 class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfig):
     """A GRPO run. A step samples `prompts_per_step` x `group_size` completions and learns them in micro-batches."""
 
+    recipe: Literal["grpo", "r1_zero", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "vespo", "gdpo"] | None = flag(
+        None, "a paper's settings of objective, optimizer and sampling (grpo_core/recipes.py); flags override them"
+    )
     prompts_per_step: int = flag(4, "B: prompts per step (4 x 8 completions fit a T4)")
     group_size: int = flag(8, "G: completions per prompt (8: TRL; DeepSeekMath used 64)")
     max_completion_tokens: int = flag(256, "longest completion in tokens")
@@ -202,6 +206,8 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
         True, "write every sampled token and its log-probability to tokens.jsonl, for benchmarks.browse"
     )
     show_every: int = flag(10, "steps between printed samples (question, expected, response, extracted); 0: never")
+
+    settings_of = staticmethod(settings_of)  # what --recipe sets
 
     @property
     def sampling(self) -> Sampling:

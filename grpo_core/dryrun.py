@@ -7,6 +7,7 @@ from dataclasses import replace
 from eval.trust import trusted
 from grpo_core.job import GRPOJob
 from grpo_core.memory.forecast import forecast
+from grpo_core.recipes import objective_line
 from grpo_core.warmstart import tiny_sft_folder
 from sft_core.model.source import find_source
 from sft_core.run.plan_lines import (
@@ -48,6 +49,7 @@ def grpo_plan(job: GRPOJob) -> str:
             "first": first_line(policy, some(task), config),
             "model": model_line(config, policy, name),
             "rewards": " + ".join(rewards),
+            "objective": objective_line(config),
             "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "
             f"{min(config.micro_batch, B * G)} rows at a time; {rate_text(config, steps)}; beta {config.beta:g}",
             "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "

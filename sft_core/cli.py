@@ -76,8 +76,9 @@ def parse_config(
     environ: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> ConfigT:
-    """Preset, then environment, then config file, then flags, each overriding the one before; then the config's own
-    `check()`. Says on stderr what the environment has set, and under --dry_run on stdout which layers are in force.
+    """Preset, then recipe, then environment, then config file, then flags, each overriding the one before; then the
+    config's own `check()`. Says on stderr what the environment has set, and under --dry_run on stdout which layers are
+    in force.
 
     `default_preset` is used where neither command line nor environment names a preset, a config file, or a model or
     task of its own.
@@ -110,6 +111,8 @@ def parse_config(
     begun: dict[str, Any] = _read_file(run / "config.yaml", parser, cls) if run else {}
     if presets and preset:
         values |= _read_file(presets / f"{preset}.yaml", parser, cls)
+    if recipe := getattr(given, "recipe", None):
+        values |= cls.settings_of(recipe)  # type: ignore[attr-defined]
     values |= outer
     if run and not preset and not given.config:
         values |= begun

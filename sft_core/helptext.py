@@ -21,10 +21,11 @@ GROUPS = {
     "device precision merge",
     "sampling": "prompts_per_step group_size max_completion_tokens samples | temperature top_k top_p min_p "
     "dynamic_sampling eval_samples",
-    "objective": "rewards loss beta | reward_format reward_weights reward_timeout reward_aggregation scale_rewards "
-    "overlong_buffer ratio_level token_loss aggregation mu epsilon_low epsilon_high delta sapo_temperature_pos "
-    "sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg kl_correction ref_sync_every "
-    "ref_sync_mix mask_truncated top_entropy entropy_coef off_policy_threshold shuffle_rewards",
+    "objective": "rewards recipe loss beta | reward_format reward_weights reward_timeout reward_aggregation "
+    "scale_rewards overlong_buffer ratio_level token_loss aggregation mu epsilon_low epsilon_high delta "
+    "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
+    "kl_correction ref_sync_every ref_sync_mix mask_truncated top_entropy entropy_coef off_policy_threshold "
+    "shuffle_rewards",
     "optimizer": "lr max_steps epochs batch_size | lr_schedule warmup_ratio adam_beta1 adam_beta2 adam_epsilon "
     "weight_decay max_grad_norm max_skipped seed",
     "memory and speed": "micro_batch gradient_checkpointing | offload_optimizer use_4bit eval_batch_size "

@@ -19,6 +19,7 @@ from eval.config import EvalConfig
 from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
 from grpo_core.memory.forecast import GB, Lengths
+from grpo_core.recipes import RECIPES
 from grpo_core.train import PRESETS
 from rewards.tables import markdown
 from sft_core.job import SFTConfig
@@ -125,7 +126,16 @@ def trl_refused() -> str:
     return markdown([["theirs", "here"], *([", ".join(names), text] for text, names in by_answer.items())])
 
 
+def recipes() -> str:
+    rows = [["recipe", "what it sets, and where the paper says so", "besides, in the paper"]]
+    for name, recipe in RECIPES.items():
+        flags = ", ".join(f"`--{flag} {value}` ({place})" for flag, (value, place) in recipe.settings.items())
+        rows.append([f"`--recipe {name}`<br>{recipe.paper}", flags, recipe.besides])
+    return markdown(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "recipes": recipes,
     "settings": settings,
     "t4-items": t4_items,
     "t4-moments": t4_moments,
