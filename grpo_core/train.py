@@ -27,6 +27,7 @@ from grpo_core.memory.forecast import forecast
 from grpo_core.metrics import step_record
 from grpo_core.step import Learner, grpo_step
 from grpo_core.warmstart import tiny_sft
+from grpo_core.ways import ways, ways_line
 from rewards import RewardError
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
@@ -86,7 +87,10 @@ class GRPORun:
             after = self.held_out(self.job.steps)
             if before and after:
                 print(comparison(before, after))
-                summaries = {"before": before.summary(), "after": after.summary()}
+                summaries: dict[str, Any] = {"before": before.summary(), "after": after.summary()}
+                if found := ways(folder.path / "completions.jsonl", self.job.steps):
+                    print(ways_line(found, self.job.steps))
+                    summaries["ways"] = found
                 summaries["paired"] = paired(before.answers, after.answers).summary()
                 write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
             final = folder.save_final(self.learner.policy)
