@@ -139,7 +139,7 @@ def names(source: str) -> set[str]:
 
     def of(body: list[ast.stmt], prefix: str) -> Iterator[str]:
         for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 yield prefix + node.name
                 if isinstance(node, ast.ClassDef):
                     yield from of(node.body, f"{prefix}{node.name}.")
