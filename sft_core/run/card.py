@@ -46,7 +46,7 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[tag for tag, there in (("grpo", kind == "GRPO"), ("sft", kind == "SFT"), ("lora", adapter)) if there],
-        datasets=[GSM8K] if settings.get("task") == "gsm8k" else [task] if is_hub_name(task) else None,
+        datasets=[GSM8K] if task == "gsm8k" else [task] if is_hub_name(task) else None,
         **_results(name, settings, log),
     )
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {name.split('/')[-1]}", _what(kind, settings, base, adapter)]

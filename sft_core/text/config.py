@@ -107,12 +107,6 @@ class TaskConfig(PromptConfig):
             self.eval_file is None or Path(self.eval_file).is_file(), "eval_file", self.eval_file, "an existing file"
         )
         require(1 <= self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
-        require(
-            not self.endless or self.answer_type in (None, self.answers, "none"),
-            "answer_type",
-            self.answer_type,
-            f"{'text' if self.task == 'ordering' else 'number'}, which the answers of {self.task} are",
-        )
         for name in ("max_samples", "eval_problems"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
