@@ -136,7 +136,7 @@ class GRPORun:
             if config.show_every and step % config.show_every == 0:
                 bar.write(shown(completions[0]))
                 self.folder.show(completions[0])
-            self.progress.completed(step)
+            self.progress.completed(step, steps)
             optimizer.stop_if_lost(step, "completions.jsonl holds their texts")
             self.look(step)
 

@@ -137,10 +137,12 @@ class OptimConfig:
 
 
 NEWEST = "newest"  # what --resume without a value means
+LENGTH = ("max_steps", "epochs")  # where a run ends: --resume may move it
 PASSING = ("output_dir", "resume", "overwrite", "dry_run")  # not part of what a run is, so not in its config.yaml
 # What may differ when a run is continued, because it changes no number of the training.
 FREE_ON_RESUME = (
     *PASSING,
+    *LENGTH,
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
     "record_tokens",

@@ -129,7 +129,7 @@ class SFTRun:
                 record |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
                 self.folder.log("train", step, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-            self.progress.completed(step)
+            self.progress.completed(step, steps)
             at_fault = [examples[row].question for row in optimizer.skipped_rows]
             optimizer.stop_if_lost(step, "; ".join(repr(question[:60]) for question in at_fault[:3]))
             self.look(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ class Saved:
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Go back to where `numbers` and `tensors` were taken, the moments wherever this optimizer keeps them."""
         self.schedule.load_state_dict(numbers["schedule"])
-        for group, lr in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+        self._set_rates()
         self.scaler.load_state_dict(numbers["scaler"])
         self.skipped, self.skipped_in_a_row = numbers["skipped"], numbers["in_a_row"]
         self.micro_batch = min(self.micro_batch, numbers["micro_batch"])
@@ -52,6 +52,20 @@ class Saved:
                     # The count stays on AdamW's device: with the fused version on a GPU, the GPU.
                     step = tensors[f"{i}.step"].clone().to(parameter.device)
                     self.adamw.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+    def _set_rates(self) -> None:
+        """The rates of the next step, as the schedule has them for its whole length, which a longer run has changed."""
+        schedule = self.schedule
+        then = schedule.get_last_lr()
+        now = [
+            base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = now
+        for group, lr in zip(self.adamw.param_groups, now, strict=True):
+            group["lr"] = lr
+        if now != then:
+            told = f"{then[0]:g} to {now[0]:g}: it follows the schedule of a run of the new length"
+            print(f"the learning rate jumps from {told}", file=sys.stderr)
 
 
 def _pieces_of(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:

@@ -97,8 +97,9 @@ class Progress:
         self.saved, self.saved_at = self.step, time.monotonic()
         self._rest()
 
-    def completed(self, step: int) -> None:
-        """Call when the step's updates and log lines are done; writes a checkpoint where one is due.
+    def completed(self, step: int, last: int) -> None:
+        """Call when the step's updates and log lines are done; writes a checkpoint where one is due, and of the step
+        `last`, from which --resume with more --max_steps goes on.
 
         Raises:
             Interrupted: a signal came during the updates.
@@ -111,6 +112,11 @@ class Progress:
         steps, seconds = self.config.save_interval
         if (steps and step % steps == 0) or (seconds and time.monotonic() - self.saved_at >= seconds):
             self.save()
+        elif step == last and (steps or seconds):
+            try:
+                self.save()
+            except NotSaved as error:  # there may still be room for the final model, which is smaller
+                print(f"no checkpoint of the last step for a longer run: {error}", file=sys.stderr)
 
     def save(self) -> Path:
         """Write a checkpoint of the last completed step, and delete those that --keep_last does not ask for.
@@ -170,6 +176,11 @@ class Progress:
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
+        steps = self.optimizer.total_steps // getattr(self.config, "mu", 1)
+        if state["step"] > steps:
+            raise Refused(
+                f"--resume {self.folder.path}: {checkpoint.name} is past the {steps} steps that are asked for"
+            )
         for name, value in self.identity.items():
             if (then := state["identity"].get(name)) != value:
                 changed = f"the {name} is not what it was when the run began ({then}; now {value})"

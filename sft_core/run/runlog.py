@@ -46,6 +46,8 @@ from sft_core.run.checkpoint import (
     write_text,
     write_whole,
 )
+from sft_core.run.lock import locked
+from sft_core.run.longer import has_another_end, refuse_finished, reopen
 from sft_core.run.provenance import last_start, provenance, what_changed
 from sft_core.run.trackers import Trackers
 
@@ -75,20 +77,24 @@ class RunFolder:
         self.trackers: Trackers | None = None
         self.evaluations: dict[int, dict[str, Any]] = {}  # the log's lines of kind eval, by step
         self.finished = False
+        self.ends_elsewhere = False  # whether --resume comes with another --max_steps
         self.checkpoint: Path | None = None
         with not_saved(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = _locked(self.path)
+            self.lock = locked(self.path)
             with self.closed_on_error():
                 self._open()
 
     def _open(self) -> None:
         resume = getattr(self.config, "resume", None)
-        self.finished = bool(resume) and (self.path / "final").is_dir()
+        self.ends_elsewhere = bool(resume) and has_another_end(self.path, self.config)
+        self.finished = bool(resume) and (self.path / "final").is_dir() and not self.ends_elsewhere
         self.checkpoint = _found(self.path, resume) if resume and not self.finished else None
         if self.finished:
             self.close()
         elif not self.checkpoint:
+            if self.ends_elsewhere:
+                refuse_finished(self.path)
             self._begin(going_on=bool(resume))
             self._show()
 
@@ -119,8 +125,14 @@ class RunFolder:
                     print(f"{later} is later: it is set aside as {set_aside(later).name}", file=sys.stderr)
             for name, size in load_numbers(checkpoint)["logs"].items():
                 _cut(self.path / name, size)
+            if self.ends_elsewhere:
+                reopen(self.path, self.config)
             self._note_resume(step_of(checkpoint))
             self._show()
+            for answers in (self.path / "heldout").glob("step-*.jsonl"):
+                at = step_of(answers.with_suffix(""))
+                if at >= step_of(checkpoint) and at not in self.evaluations:
+                    answers.unlink()
 
     def note(self, **found: Any) -> None:
         """Add to what provenance.json says of this start of the run."""
@@ -215,30 +227,6 @@ def fresh_folder(kind: str) -> Path:
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 100))]
     return next(path for path in candidates if not path.exists())
-
-
-def _locked(run: Path) -> int | None:
-    """The folder's descriptor, locked until this process ends, however it ends; None where the file system
-    has no locks.
-
-    Raises:
-        Refused: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise Refused(f"--output_dir {run}: another process is writing to this run folder") from None
-    except OSError:  # some network and cloud drives
-        os.close(folder)
-        print(f"{run} cannot be locked on this file system: see to it that one process alone uses it", file=sys.stderr)
-        return None
-    return folder
 
 
 def _found(run: Path, name: str) -> Path | None:
