@@ -21,13 +21,13 @@ import torch
 
 import eval.sampling
 import grpo_core.step
-from benchmarks.machine import Ceilings
-from benchmarks.machine import measured as ceilings_of
 from benchmarks.memory import peak_bytes, reset_peak
-from benchmarks.roofline import phases
 from benchmarks.workload import Steps, names, with_start, workload
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import GB, Lengths
+from grpo_core.forecast.machine import Ceilings
+from grpo_core.forecast.machine import measured as ceilings_of
+from grpo_core.forecast.memory import GB, Lengths
+from grpo_core.forecast.roofline import phases
 from grpo_core.step import StepReport
 from rewards.tables import markdown
 from sft_core.cli import parser_of, user_errors
@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "",
             f"{options.steps} steps after {options.warm_up} of warm-up. Ceilings measured here: "
             f"{ceilings.flops / 1e9:.0f} Gflop/s in {str(dtype).removeprefix('torch.')}, "
-            f"{ceilings.bytes / GB:.1f} GB/s; a phase's share of them is its roofline time (benchmarks/roofline.py) "
-            "over its own.",
+            f"{ceilings.bytes / GB:.1f} GB/s; a phase's share of them is its roofline time "
+            "(grpo_core/forecast/roofline.py) over its own.",
             "",
             report,
             "",

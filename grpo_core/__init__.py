@@ -3,7 +3,7 @@
 one_page                                             the whole of it on one page, without options
 step, objective, reference                           the same with speed and options: the step, its mathematics, pi_ref
 variants, dynamic, metrics, completions, config      published variants, what is measured, what can be set
-memory/, doctor/                                     what a run will hold in memory; what is wrong with a run
+forecast/, doctor/                                   the memory and time that a run will take; what is wrong with it
 job, train, dryrun, warmstart                        the loop around the step
 pipeline/                                            evaluation, SFT and GRPO in one command
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eval.trust import trusted
+from grpo_core.forecast.hours import hours_line
+from grpo_core.forecast.memory import Lengths, forecast
 from grpo_core.job import GRPOJob
-from grpo_core.memory.forecast import forecast
 from grpo_core.recipes import objective_line
 from grpo_core.warmstart import tiny_sft_folder
 from sft_core.model.source import find_source
@@ -17,6 +18,7 @@ from sft_core.run.plan_lines import (
     folder_line,
     lengths_text,
     loaded,
+    mean,
     model_line,
     passes,
     plan_text,
@@ -41,6 +43,7 @@ def grpo_plan(job: GRPOJob) -> str:
     with loaded(config, job.source, built_in) as (policy, source):
         trusted(policy)
         prompts = prompt_lengths(policy, task, config)
+        expected = Lengths(round(mean(prompts)), T)
         looks = evaluations_at(config.eval_every, steps, first=True) if task.heldout else []
         rewards = (f"{reward.weight:g} x {reward.name}" for reward in job.rewards)
         updates = f", {config.mu} updates each" if config.mu > 1 else ""
@@ -56,6 +59,7 @@ def grpo_plan(job: GRPOJob) -> str:
             f"{B * G * T:,} a step, {steps * B * G * T:,} in all",
             "evaluations": f"of {len(task.heldout)} held-out problems, {answers_text(config.eval_samples)}, "
             f"{steps_text(looks)}",
+            "time": hours_line(config, source, expected, steps, len(looks)),
             "memory": forecast(config, source).removeprefix("memory: ") + f", on {policy.device}",
             "folder": folder_line(config, "grpo", steps),
         }

@@ -22,8 +22,8 @@ from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.config import GRPOConfig
 from grpo_core.doctor.watch import Watch
 from grpo_core.dryrun import grpo_plan
+from grpo_core.forecast.memory import forecast
 from grpo_core.job import GRPOJob, prepare
-from grpo_core.memory.forecast import forecast
 from grpo_core.metrics import step_record
 from grpo_core.step import Learner, grpo_step
 from grpo_core.warmstart import tiny_sft

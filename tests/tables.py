@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 from transformers import GenerationConfig, Qwen2Config
 
-from benchmarks.machine import machine
 from benchmarks.plan.question import Question, by_moment, savings
 from benchmarks.workload import workload
 from eval.ask import AskConfig
 from eval.config import EvalConfig
 from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import GB, Lengths
+from grpo_core.forecast.machine import machine
+from grpo_core.forecast.memory import GB, Lengths
 from grpo_core.recipes import RECIPES
 from grpo_core.train import PRESETS
 from rewards.tables import markdown

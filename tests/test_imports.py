@@ -94,7 +94,7 @@ def undeclared(source: str, path: str) -> list[str]:
 REST = "..."
 ROOMS: dict[str, tuple[str, ...]] = {
     "sft_core": ("errors precision pairs config", "text", "model", "learn", "run", REST),
-    "grpo_core": (REST, "memory", "doctor", "job warmstart dryrun train one_page", "pipeline"),
+    "grpo_core": (REST, "forecast", "doctor", "job warmstart dryrun train one_page", "pipeline"),
 }
 LONGEST = 300  # lines of a file
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.plan.question import alternatives, answer, question_of, savings
 from benchmarks.workload import workload
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import GB, Batch, Lengths, kept_bytes, micro_batches, plan
+from grpo_core.forecast.memory import GB, Batch, Lengths, kept_bytes, micro_batches, plan
 from sft_core.config import ModelConfig
 from sft_core.learn.offload import PIECE
 from sft_core.model.shapes import Shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import benchmarks.plan.__main__
-import grpo_core.memory.forecast
-from benchmarks.machine import GPUS, Ceilings, machine, measured
+import grpo_core.forecast.memory
 from benchmarks.plan.check import run
-from benchmarks.plan.question import answer, question_of
-from benchmarks.roofline import Phase, phases
+from benchmarks.plan.question import answer, question_of, steps_of
+from benchmarks.plan.sizes import known_shape
 from benchmarks.workload import workload
-from grpo_core.memory.forecast import GB, Batch, forecast, kept_bytes
+from grpo_core.forecast.hours import least_hours
+from grpo_core.forecast.machine import GPUS, Ceilings, machine, measured
+from grpo_core.forecast.memory import GB, Batch, forecast, kept_bytes
+from grpo_core.forecast.roofline import Phase, decode, phases, prefill
+from sft_core.config import ModelConfig
 from sft_core.model.shapes import shapes_of
+from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from tests.helpers import PEFT_IS_BEHIND, SHARED, tiny_model
 from tests.test_plan import LENGTHS, REAL_QWEN, ROUND, small, source_of
@@ -148,7 +153,7 @@ def test_a_forecast_reads_no_weights_and_never_stops_a_run(folder: Path, monkeyp
     config = small(model=str(folder), device="cpu")
     only_its_config = replace(source, base="no such folder")
     assert forecast(config, only_its_config).startswith("memory: about 0.")
-    monkeypatch.setattr(grpo_core.memory.forecast, "shapes_of", lambda *_: {}["a recurrent model"])
+    monkeypatch.setattr(grpo_core.forecast.memory, "shapes_of", lambda *_: {}["a recurrent model"])
     assert forecast(config, only_its_config) == "memory: no forecast for this model (KeyError: 'a recurrent model')"
 
 
@@ -185,8 +190,67 @@ def test_half_precision_moves_fewer_bytes_and_a_t4_has_no_bf16() -> None:
 
 def test_this_machine_is_measured_once_for_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.cache_clear()
-    monkeypatch.setattr("benchmarks.machine._best_seconds", lambda work, device: 2.0)
+    monkeypatch.setattr("grpo_core.forecast.machine._best_seconds", lambda work, device: 2.0)
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(1, 1))
     ceilings = measured(torch.device("cpu"), torch.float32)
     assert ceilings == Ceilings(flops=2048**3, bytes=2**26 * 4)
     measured.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------------------- hours
+
+
+def test_a_run_takes_its_steps_and_its_evaluations() -> None:
+    ceilings = Ceilings(flops=1e6, bytes=float("inf"))
+    config = small(eval_batch_size=4, eval_samples=1)
+    found = least_hours(config, ROUND, False, LENGTHS, ceilings, steps=10, evaluations=2, problems=5)
+    assert found.step == pytest.approx(sum(p.flops for p in phases(config, ROUND, False, LENGTHS).values()) / 1e6)
+    four = small(prompts_per_step=4, group_size=1, share_prompts=False)  # rows of one batch; 10 answers make three
+    one_batch = (prefill(four, ROUND, False, LENGTHS).flops + decode(four, ROUND, False, LENGTHS).flops) / 1e6
+    assert found.evaluation == pytest.approx(3 * one_batch)
+    assert found.total == pytest.approx(10 * found.step + 2 * found.evaluation)
+    none = least_hours(config, ROUND, False, LENGTHS, ceilings, steps=10, evaluations=2, problems=0)
+    assert none.total == 10 * none.step and "evaluation" not in str(none)
+
+
+def test_gsm8k_has_its_steps_without_the_data_and_other_data_asks_for_them() -> None:
+    assert steps_of(workload("t4", [])) == math.ceil(7473 / 4)
+    assert steps_of(workload("t4", ["--max_steps", "5"])) == 5
+    assert steps_of(workload("t4", ["--max_samples", "8", "--epochs", "2"])) == 4
+    assert steps_of(workload("t4", ["--task", "owner/name"])) == 0
+
+
+def test_every_gpu_has_a_line_and_more_arithmetic_takes_longer_on_each(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for model in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"):
+        benchmarks.plan.__main__.main(["t4", "--gpu", "all", "--model", model])
+        lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+        assert [line[0].removeprefix("| ") for line in lines] == [gpu.name for gpu in GPUS.values()]
+        assert [line[4] for line in lines] == (["yes"] if "0.5B" in model else ["NO, or barely"]) * len(GPUS)
+        seconds.append([float(line[5]) for line in lines])
+    assert all(large > 5 * little for little, large in zip(*seconds, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        *{"0.5B": 494_032_768, "1.5B": 1_543_714_304, "3B": 3_085_938_688, "7B": 7_615_616_512}.items(),
+        *{"3-0.6B": 596_049_920, "3-1.7B": 1_720_574_976, "3-4B": 4_022_468_096, "3-8B": 8_190_735_360}.items(),
+    ],
+)
+def test_a_shipped_shape_has_as_many_weights_as_the_published_model(model: str, weights: int) -> None:
+    source = known_shape(f"Qwen/Qwen{'' if '-' in model else '2.5-'}{model}")
+    assert source is not None and shapes_of(ModelConfig(), source).base == weights
+
+
+def test_a_shipped_shape_is_the_models_own(folder: Path) -> None:
+    if not REAL_QWEN.is_dir():
+        pytest.skip("needs ../shared")
+    config = ModelConfig(model=str(REAL_QWEN), from_scratch=True)
+    assert known_shape(str(REAL_QWEN)) is None
+    assert shapes_of(config, known_shape("Qwen/Qwen2.5-0.5B-Instruct")) == shapes_of(config, find_source(config))
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-9B", "Qwen/Qwen3-0.6B-GGUF", "me/Qwen3-0.6B"])
+def test_other_models_have_no_shipped_shape(model: str) -> None:
+    assert known_shape(model) is None

@@ -1,11 +1,13 @@
-"""Will it fit, how long will a step take at least, and what would make it smaller? Before a run, from shapes alone:
+"""Will it fit, how long will it take at least, and what would make it smaller? Before a run, from shapes alone:
 
     python -m benchmarks.plan t4 --gpu t4
+    python -m benchmarks.plan t4 --gpu all --model Qwen/Qwen3-1.7B --lora
     python -m benchmarks.plan qwen-0.5b --gpu this --model FOLDER --prompt_tokens 105
     python -m benchmarks.plan --check --model FOLDER        # the forecast beside real runs
 
-The first argument is a preset of grpo_core or of this package. --gpu: t4, l4, a10g, a100, a100-80, h100, or `this`
-machine, whose speed is measured. Any other flag is one of grpo_core.train. No weight is read.
+The first argument is a preset of grpo_core or of this package. --gpu: t4, l4, a10g, a100, a100-80, h100, 2080ti, 3060,
+3090, 4060ti, 4090, 5090, `all` of them in a table, or `this` machine, whose speed is measured. Any other flag is one of
+grpo_core.train. No weight is read, and for Qwen2.5 and Qwen3 of 0.5B to 32B no hub is asked.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks.plan.question import answer, question_of
+from benchmarks.plan.question import answer, every_gpu, question_of
 from benchmarks.workload import names, workload
 from grpo_core.config import GRPOConfig
 from sft_core.cli import parser_of, user_errors
@@ -46,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(check(flags))
             return
         config = workload(name, flags)
+        if given.gpu == "all":
+            print(every_gpu(config, given.prompt_tokens, given.completion_tokens))
+            return
         print(answer(question_of(config, given.gpu, given.prompt_tokens, given.completion_tokens)))
 
 

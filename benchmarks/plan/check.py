@@ -14,7 +14,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.plan.question import question_of
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import GB
+from grpo_core.forecast.memory import GB
 from rewards.tables import markdown
 from sft_core.run.provenance import as_line, provenance
 

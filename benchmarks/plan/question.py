@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from benchmarks.machine import Machine, machine
-from benchmarks.roofline import phases
+from benchmarks.plan.sizes import known_shape
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import GB, Lengths, Plan, plan
+from grpo_core.forecast.hours import RECORDED, Hours, duration, least_hours
+from grpo_core.forecast.machine import GPUS, Machine, machine
+from grpo_core.forecast.memory import GB, Lengths, Plan, plan
+from grpo_core.forecast.roofline import phases
 from rewards.tables import markdown
 from sft_core.model.shapes import Shapes, shapes_of
 from sft_core.model.source import Source, find_source
+from sft_core.run.plan_lines import evaluations_at
 
+GSM8K = 7473  # training problems
 SMALLEST_SAVING = 0.05 * GB  # smaller savings are not worth a flag
 
 
@@ -35,8 +40,16 @@ class Question:
     @property
     def dtype(self) -> torch.dtype:
         """Of the matrix products on that machine: what `--precision auto` would pick there."""
-        named = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return named.get(self.config.precision, self.where.best)
+        return self.where.dtype(self.config.precision)
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def fits(self) -> str:
+        """A GPU's allocator loses some to fragments, which the forecast leaves out."""
+        return "yes" if self.plan.peak <= 0.95 * self.where.memory else "NO, or barely"
 
     @property
     def half(self) -> bool:
@@ -50,16 +63,16 @@ class Question:
 def answer(question: Question) -> str:
     """The whole answer, as Markdown."""
     forecast, where = question.plan, question.where
-    # A GPU's allocator loses some to fragments, which the forecast leaves out.
-    fits = "fits" if forecast.peak <= 0.95 * where.memory else "does NOT fit, or barely"
+    fits = "fits" if question.fits == "yes" else "does NOT fit, or barely"
     lengths = f"prompts of {question.lengths.prompt} tokens, completions of {question.lengths.completion}"
     parts = [
-        f"{where.name}, {str(question.dtype).removeprefix('torch.')}, {lengths}",
+        f"{where.name}, {question.precision}, {lengths}",
         f"Peak memory {forecast.peak / GB:.2f} GB of {where.memory / GB:.2f} GB, in {forecast.worst}: it {fits}.",
         markdown([["held at the peak", "GB"], *([name, f"{size / GB:.2f}"] for name, size in forecast.items.items())]),
         markdown([["moment", "GB"], *([name, f"{size / GB:.2f}"] for name, size in by_moment(forecast))]),
         "At least, by arithmetic and memory traffic alone:",
         markdown(time_table(question)),
+        f"The whole run: {hours_of(question)}." if steps_of(question.config) else "The whole run: give --max_steps.",
     ]
     saved = [[flags, f"{size / GB:.2f}", f"{left / GB:.2f}"] for flags, size, left in savings(question)]
     if saved:
@@ -117,6 +130,36 @@ def alternatives(config: GRPOConfig, kind: str) -> Iterator[tuple[str, GRPOConfi
             yield flags, replace(config, **values)
 
 
+def steps_of(config: GRPOConfig) -> int:
+    """Of the whole run, as far as it is known without the data: GSM8K has 7,473 training problems. 0: unknown."""
+    problems = config.max_samples or (GSM8K if config.task == "gsm8k" else 0)
+    return config.max_steps or math.ceil(config.epochs * problems / config.prompts_per_step)
+
+
+def hours_of(question: Question) -> Hours:
+    """The least time of the whole run."""
+    config, where = question.config, question.where
+    steps = steps_of(config)
+    looks = len(evaluations_at(config.eval_every, steps, first=True))
+    ceilings = where.ceilings(question.dtype)
+    return least_hours(
+        config, question.shapes, question.half, question.lengths, ceilings, steps, looks, config.eval_problems
+    )
+
+
+def every_gpu(config: GRPOConfig, prompt_tokens: int, completion_tokens: int) -> str:
+    """A line for each GPU that is known here, as Markdown: does it fit, how long will it take at least?"""
+    rows = [["GPU", "precision", "memory", "peak", "fits", "a step, s", "the whole run"]]
+    for name in GPUS:
+        question = question_of(config, name, prompt_tokens, completion_tokens)
+        hours, where = hours_of(question), question.where
+        sizes = [f"{where.memory / GB:.1f} GB", f"{question.plan.peak / GB:.1f} GB", question.fits]
+        whole = duration(hours.total) if hours.steps else "unknown: --max_steps"
+        rows.append([where.name, question.precision, *sizes, f"{hours.step:.3g}", whole])
+    least = "The least times, by arithmetic and memory traffic alone, for completions that use up their budget"
+    return f"{markdown(rows)}\n\n{least}; {RECORDED}."
+
+
 def question_of(config: GRPOConfig, gpu: str, prompt_tokens: int, completion_tokens: int) -> Question:
     """Raises:
     ValueError: as `machine` and `find_source`; a length below 0.
@@ -126,5 +169,5 @@ def question_of(config: GRPOConfig, gpu: str, prompt_tokens: int, completion_tok
         if value < 0:
             raise ValueError(f"--{flag} {value}: expected 1 or more, or 0 for the longest that the config admits")
     lengths = Lengths(prompt_tokens or config.max_prompt_tokens, completion_tokens or config.max_completion_tokens)
-    source = None if config.model == "tiny" else find_source(config)
+    source = None if config.model == "tiny" else known_shape(config.model) or find_source(config)
     return Question(config, source, where, lengths)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
-from grpo_core.memory.forecast import GB
+from grpo_core.forecast.memory import GB
 from rewards.tables import markdown
 from sft_core.run.provenance import provenance, shown_flags
 

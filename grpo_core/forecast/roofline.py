@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.machine import Ceilings
 from grpo_core.config import GRPOConfig
-from grpo_core.memory.forecast import HALF, SINGLE, Batch, Lengths, kept_bytes, micro_batches
+from grpo_core.forecast.machine import Ceilings
+from grpo_core.forecast.memory import HALF, SINGLE, Batch, Lengths, kept_bytes, micro_batches
 from sft_core.model.shapes import Shapes
 
 LOGIT_PASSES = 6  # times that a chunk's logits are read or written in a forward pass; as many in its backward pass

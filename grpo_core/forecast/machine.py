@@ -37,6 +37,10 @@ class Machine:
     rates: dict[torch.dtype, float]
     bandwidth: float
 
+    def dtype(self, precision: str) -> torch.dtype:
+        """Of the matrix products under this --precision."""
+        return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, self.best)
+
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
         return Ceilings(self.rates[dtype], self.bandwidth) if self.rates else measured(torch.device(self.kind), dtype)
 
@@ -63,13 +67,26 @@ GPUS = {
     # "NVIDIA A100 Tensor Core GPU": 312 Tflop/s fp16 and bf16, 19.5 fp32; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039.
     "a100": _gpu("A100 40 GB", 39.39, 312, 19.5, 1555),
     "a100-80": _gpu("A100 80 GB", 79.15, 312, 19.5, 2039),
+    # GeForce cards, whose products in half precision run at half rate when they are summed in float32, as PyTorch does.
+    # "NVIDIA Turing GPU Architecture" (2018), RTX 2080 Ti Founders Edition: 56.9 fp16, 14.2 fp32; no bf16.
+    "2080ti": _gpu("RTX 2080 Ti", 10.75, 56.9, 14.2, 616, bf16=False),
+    # "NVIDIA Ampere GA102 GPU Architecture" (2020): 71 Tflop/s fp16 and bf16 (dense), 35.6 fp32, 936 GB/s, 24 GB.
+    "3090": _gpu("RTX 3090", 23.6, 71, 35.6, 936),
+    # RTX 3060, 12 GB: 3,584 cores at 1.78 GHz, at the same rates for each core and clock; 360 GB/s.
+    "3060": _gpu("RTX 3060", 11.75, 25.5, 12.7, 360),
+    # "NVIDIA Ada GPU Architecture" (2022): 165.2 Tflop/s fp16 and bf16 (dense), 82.6 fp32, 1,008 GB/s, 24 GB.
+    "4090": _gpu("RTX 4090", 23.6, 165.2, 82.6, 1008),
+    # RTX 4060 Ti, 16 GB: 4,352 cores at 2.54 GHz, at the same rates for each core and clock; 288 GB/s.
+    "4060ti": _gpu("RTX 4060 Ti 16 GB", 15.6, 44.1, 22.1, 288),
+    # "NVIDIA RTX Blackwell GPU Architecture" (2025): 209.5 Tflop/s fp16, bf16 (dense), 104.8 fp32, 1,792 GB/s, 32 GB.
+    "5090": _gpu("RTX 5090", 31.4, 209.5, 104.8, 1792),
     # "NVIDIA H100 Tensor Core GPU" (SXM5): 1,979 Tflop/s fp16 and bf16 with sparsity, 67 fp32, 3.35 TB/s, 80 GB.
     "h100": _gpu("H100", 79.1, 989, 67, 3350),
 }
 
 
-def machine(name: str) -> Machine:
-    """A GPU by name, or `this` machine: its GPU where it has one, else its CPU.
+def machine(name: str, device_name: str = "auto") -> Machine:
+    """A GPU by name, or `this` machine: its GPU where it has one, else its CPU, unless `device_name` says which.
 
     Raises:
         ValueError: no such name.
@@ -78,7 +95,7 @@ def machine(name: str) -> Machine:
         return GPUS[name.lower()]
     if name != "this":
         raise ValueError(f"--gpu {name}: expected one of {', '.join(GPUS)}, or this (measured here)")
-    device = pick_device("auto")
+    device = pick_device(device_name)
     best = pick_precision("auto", device).autocast_dtype or torch.float32
     return Machine(f"this machine's {device.type.upper()}", device.type, _capacity(device), best, {}, 0.0)
 
