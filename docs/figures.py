@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from grpo_core.doctor.readlog import read_run
 from grpo_core.objective import clipped_surrogate, k3_kl
 from grpo_core.variants import cispo, sapo, vespo
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
 
+ROOT = Path(__file__).parent.parent
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"  # Okabe and Ito
 LOW, HIGH = 0.2, 0.2  # the default epsilons
 
@@ -105,7 +108,86 @@ def kl() -> Any:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Any]] = {"clipping": clipping, "pulls": pulls, "kl": kl}
+# The boxes of the loop: place, colour, text. An arrow leads from each to the next one, and from the last to the second.
+BOXES = [
+    (0.0, 2, BLUE, "B questions"),
+    (0.0, 1, BLUE, "sample G answers to each:\nthe policy, with generate"),
+    (0.0, 0, BLUE, "score each answer:\nreward functions"),
+    (1.0, 0, GREEN, "advantage: reward minus the group's\nmean, divided by its standard deviation"),
+    (1.0, 1, ORANGE, "loss of each token: clipped\nratio x advantage, plus beta x KL"),
+    (1.0, 2, ORANGE, "gradient, added up over\nmicro-batches, then AdamW"),
+]
+FLOWS = ["prompts (B, P)", "completions (B x G, T)", "rewards (B, G)", "advantages (B, G)", "one number"]
+
+
+def loop() -> Any:
+    """One step of GRPO, and what flows through it."""
+    figure, axis = pyplot.subplots(figsize=(7.6, 3.8), layout="constrained")
+    axis.set(xlim=(-0.35, 1.75), ylim=(-0.35, 2.35))
+    axis.axis("off")
+    boxes = []
+    for x, y, color, text in BOXES:
+        style = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.8}
+        boxes.append(axis.text(x, y, text, ha="center", va="center", fontsize=9, bbox=style))
+    arrow = {"arrowstyle": "-|>", "linewidth": 1.4, "color": GREY, "shrinkA": 0, "shrinkB": 0}
+    for i, (begin, end) in enumerate([*pairwise(range(len(boxes))), (len(boxes) - 1, 1)]):
+        arrow |= {"patchA": boxes[begin].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        axis.annotate("", BOXES[end][:2], BOXES[begin][:2], arrowprops=dict(arrow), zorder=0)
+        x, y = (sum(BOXES[box][at] for box in (begin, end)) / 2 for at in (0, 1))
+        if i < len(FLOWS):
+            away = (x + 0.03, y, "left", "center") if begin != 2 else (x - 0.06, y + 0.08, "center", "bottom")
+            axis.text(*away[:2], FLOWS[i], fontsize=8, color=GREY, ha=away[2], va=away[3])
+    axis.text(0.42, 1.62, "new weights", fontsize=8, color=GREY, ha="right")
+    axis.text(1.43, 1.5, "repeated mu times\non the same answers", fontsize=8, color=GREY, va="center")
+    axis.text(
+        1.43, 1.0, "ratio: to the policy\nthat sampled;\nKL: to a frozen copy", fontsize=8, color=GREY, va="center"
+    )
+    return figure
+
+
+# Recorded runs of tests/sick, and what the doctor calls each.
+GALLERY = {
+    "healthy": "healthy",
+    "never_rewarded": "never rewarded",
+    "too_hard": "groups all wrong",
+    "everything_truncated": "all cut off",
+    "lr_too_low": "learning rate too low",
+    "lr_too_high": "learning rate too high",
+    "entropy_collapse": "entropy collapse",
+    "reward_hacking": "reward hacking",
+}
+CURVES = (
+    ("reward_mean", "reward", BLUE, "-"),
+    ("accuracy", "accuracy", GREEN, "--"),
+    ("entropy", "entropy, nats a token", ORANGE, "-"),
+    ("length_mean", "length, share of the budget", PINK, "-"),
+)
+
+
+def gallery() -> Any:
+    """Healthy and sick runs side by side, four numbers of each."""
+    figure, axes = pyplot.subplots(2, 4, figsize=(8.4, 4.2), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, GALLERY.items(), strict=True):
+        run = read_run(ROOT / "tests" / "sick" / name)
+        steps = [line["step"] for line in run.train]
+        for key, label, color, style in CURVES:
+            scale = run.setting("max_completion_tokens") if key == "length_mean" else 1
+            axis.plot(steps, [line[key] / scale for line in run.train], color=color, linestyle=style, label=label)
+        axis.set_ylim(-0.03, 1.05)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Any]] = {
+    "clipping": clipping,
+    "pulls": pulls,
+    "kl": kl,
+    "loop": loop,
+    "gallery": gallery,
+}
 
 
 def draw(folder: Path) -> list[Path]:

@@ -10,13 +10,13 @@ import argparse
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.evaluate import Answered, Evaluation, read_answers
 from eval.report import method, side_by_side, summary_cells
-from eval.statistics import Paired
+from eval.statistics import Paired, mean_difference, pass_at_k
 from rewards.tables import Cells, aligned, markdown
 from rewards.terminal import Arguments, program
 from sft_core.cli import run_ends, user_errors
@@ -33,6 +33,35 @@ PAIRED_METHOD = (
 def paired(first: Sequence[Answered], second: Sequence[Answered]) -> Paired:
     """The paired outcome, by the strict rule, of the same problems in the same order."""
     return Paired.of([a.strict for a in first], [a.strict for a in second])
+
+
+def sampled(first: Sequence[Answered], second: Sequence[Answered]) -> dict[str, float]:
+    """How much pass@1 and pass@k of the samples rose from the first to the second, k being all of them, with 95%
+    intervals; nothing where either has no samples."""
+    most = min(len(answer.samples) for answer in [*first, *second])
+    found: dict[str, float] = {}
+    for k in sorted({1, most}) if most else ():
+        before, after = ([_passes(answer, k) for answer in answers] for answers in (first, second))
+        name = f"pass_at_{k}_gain"
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = mean_difference(before, after)
+    return found
+
+
+def _passes(answer: Answered, k: int) -> float:
+    return pass_at_k(len(answer.samples), sum(sample.strict for sample in answer.samples), k)
+
+
+def sampled_lines(found: Mapping[str, float]) -> list[str]:
+    """
+    >>> sampled_lines({"pass_at_8_gain": 0.25, "pass_at_8_gain_low": 0.201, "pass_at_8_gain_high": 0.299})
+    ['pass@8 gain: +25.0 points [+20.1, +29.9]']
+    """
+    gains = [name for name in found if name.endswith("_gain")]
+    points = {name: [100 * found[name + end] for end in ("", "_low", "_high")] for name in gains}
+    return [
+        f"{name.replace('pass_at_', 'pass@').replace('_', ' ')}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        for name, (mean, low, high) in points.items()
+    ]
 
 
 def verdict(pair: Paired) -> str:

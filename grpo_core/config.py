@@ -167,6 +167,9 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     recipe: Literal["grpo", "r1_zero", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "vespo", "gdpo"] | None = flag(
         None, "a paper's settings of objective, optimizer and sampling (grpo_core/recipes.py); flags override them"
     )
+    sft_preset: Literal["tiny", "learns"] = flag(
+        "tiny", "with --model tiny: the preset of sft_core.train that it is first trained with"
+    )
     prompts_per_step: int = flag(4, "B: prompts per step (4 x 8 completions fit a T4)")
     group_size: int = flag(8, "G: completions per prompt (8: TRL; DeepSeekMath used 64)")
     max_completion_tokens: int = flag(256, "longest completion in tokens")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.compare import paired, verdict
+from eval.compare import paired, sampled, sampled_lines, verdict
 from eval.evaluate import Evaluation, evaluate, read_answers
 from eval.report import side_by_side, summary_table
 from eval.statistics import sizes
@@ -92,6 +92,7 @@ class GRPORun:
                     print(ways_line(found, self.job.steps))
                     summaries["ways"] = found
                 summaries["paired"] = paired(before.answers, after.answers).summary()
+                summaries["paired"] |= sampled(before.answers, after.answers)
                 write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
             final = folder.save_final(self.learner.policy)
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
@@ -245,6 +246,7 @@ def comparison(before: Evaluation, after: Evaluation) -> str:
         summary_table({"before": first, "after": last}),
         "",
         f"accuracy gain: {verdict(paired(before.answers, after.answers))}",
+        *sampled_lines(sampled(before.answers, after.answers)),
         "",
     ]
     for old, new in pairs[:3]:

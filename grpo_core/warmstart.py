@@ -43,7 +43,7 @@ def tiny_sft_folder(config: GRPOConfig) -> Path:
 
 
 def _settings(config: GRPOConfig) -> SFTConfig:
-    sft = parse_config(SFTConfig, ["--preset", "tiny"], PRESETS)
+    sft = parse_config(SFTConfig, ["--preset", config.sft_preset], PRESETS)
     same = (
         "task",
         "difficulty",

@@ -20,8 +20,8 @@ LEAST = 20  # completions of each kind; fewer make no rate
 
 
 def rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of worked completions, and the share of right ones among the worked and among the bare; nothing where
-    one kind is too rare.
+    """The share of worked completions, and the share of right ones among the worked and among the bare, each where
+    there are enough of them.
 
     >>> rows = [{"response": text, "extracted": text[-1], "expected": "7"} for text in ("3+4=7", "3+4=6", "7", "8")]
     >>> rates(rows * 10)
@@ -31,11 +31,12 @@ def rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         is_right = bool(row["expected"]) and same_answer(row["extracted"], row["expected"])
         right[is_worked(row["response"])].append(is_right)
-    worked, bare = right[True], right[False]
-    if min(len(worked), len(bare)) < LEAST:
-        return {}
-    share = len(worked) / (len(worked) + len(bare))
-    return {"worked": share, "right_if_worked": sum(worked) / len(worked), "right_if_bare": sum(bare) / len(bare)}
+    both = len(right[True]) + len(right[False])
+    found = {"worked": len(right[True]) / both} if both else {}
+    for name, kind in (("right_if_worked", right[True]), ("right_if_bare", right[False])):
+        if len(kind) >= LEAST:
+            found[name] = sum(kind) / len(kind)
+    return found
 
 
 def ways(completions: Path, steps: int) -> dict[str, dict[str, float]]:
@@ -45,7 +46,8 @@ def ways(completions: Path, steps: int) -> dict[str, dict[str, float]]:
         if row["step"] <= STEPS or row["step"] > steps - STEPS:
             ends[row["step"] > STEPS].append(row)
     first, last = map(rates, ends)
-    return {"first": first, "last": last} if first and last else {}
+    names = [name for name in first if name in last]  # what is too rare at one end is told of neither
+    return {end: {name: found[name] for name in names} for end, found in (("first", first), ("last", last)) if names}
 
 
 def ways_line(found: dict[str, dict[str, float]], steps: int) -> str:
@@ -53,10 +55,9 @@ def ways_line(found: dict[str, dict[str, float]], steps: int) -> str:
 
     >>> first, last = ({"worked": w, "right_if_worked": 0.7, "right_if_bare": 0.2} for w in (0.4, 0.8))
     >>> print(ways_line({"first": first, "last": last}, 80))
-    sampled answers, steps 1-10 -> 71-80: worked out 40% -> 80%; right where worked out 70% -> 70%, where not 20% -> 20%
+    sampled answers, steps 1-10 -> 71-80: worked out 40% -> 80%; right if so 70% -> 70%; right if not 20% -> 20%
     """
-    told = {name: f"{found['first'][name]:.0%} -> {found['last'][name]:.0%}" for name in found["first"]}
-    return (
-        f"sampled answers, steps 1-{STEPS} -> {steps - STEPS + 1}-{steps}: worked out {told['worked']}; right where "
-        f"worked out {told['right_if_worked']}, where not {told['right_if_bare']}"
-    )
+    words = {"worked": "worked out", "right_if_worked": "right if so", "right_if_bare": "right if not"}
+    first, last = found["first"], found["last"]
+    told = (f"{words[name]} {first[name]:.0%} -> {last[name]:.0%}" for name in first)
+    return f"sampled answers, steps 1-{STEPS} -> {steps - STEPS + 1}-{steps}: {'; '.join(told)}"

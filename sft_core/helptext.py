@@ -16,9 +16,9 @@ from sft_core.names import known_names
 GROUPS = {
     "data": "task question questions | config_name train_split eval_split question_column answer_column answer_type "
     "prompt_format eval_file difficulty max_samples eval_problems long_prompts max_prompt_tokens shots system_prompt "
-    "chat_template_kwargs worked_share",
+    "chat_template_kwargs worked_share slips",
     "model": "model lora | adapter_path from_scratch config_overrides lora_r lora_alpha lora_dropout lora_targets "
-    "device precision merge",
+    "device precision merge sft_preset",
     "sampling": "prompts_per_step group_size max_completion_tokens samples | temperature top_k top_p min_p "
     "dynamic_sampling eval_samples",
     "objective": "rewards recipe loss beta | reward_format reward_weights reward_timeout reward_aggregation "

@@ -22,6 +22,7 @@ class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
     batch_size: int = flag(16, "demonstrations per optimizer step, --micro_batch of them at a time")
     max_completion_tokens: int = flag(512, "longer demonstrations are cut off, and then do not teach the model to stop")
     worked_share: float = flag(1.0, "share of demonstrations with worked steps; the others only state the answer")
+    slips: float = flag(0.0, "arithmetic: share of the worked lines whose result is one too large (a careless teacher)")
 
     def check(self) -> None:
         for part in (TaskConfig, ModelConfig, OptimConfig, RunConfig):
@@ -29,6 +30,8 @@ class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_completion_tokens >= 1, "max_completion_tokens", self.max_completion_tokens, "1 or more")
         require(0 <= self.worked_share <= 1, "worked_share", self.worked_share, "0 to 1")
+        require(0 <= self.slips <= 1, "slips", self.slips, "0 to 1")
+        require(not self.slips or self.task == "arithmetic", "slips", self.slips, "0, unless --task is arithmetic")
         require(
             not self.endless or self.max_steps > 0,
             "max_steps",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from sft_core.run.hub import push_run
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
 from sft_core.run.runlog import RunFolder
+from sft_core.text.arithmetic import with_slips
 from sft_core.text.example import Example
 from sft_core.text.prompts import (
     FORMATS,
@@ -51,12 +52,19 @@ def encode_demonstrations(policy: Policy, examples: Sequence[Example], config: S
     """Prompts and demonstrations as token rows on the policy's device."""
     fmt = FORMATS[config.prompt_format]
     prompts, completions = [], []
-    for example in examples:
+    for example in careless(examples, config.slips) if config.slips else examples:
         prompts.append(prompt_ids(policy.tokenizer, example, config))
         text = demonstration(example, fmt, is_terse(example, config.worked_share))
         ids = encode_completion(policy.tokenizer, text, policy.eos_ids[0])
         completions.append(ids[: config.max_completion_tokens])
     return pack_rows(prompts, completions, policy.pad_id).to(policy.device)
+
+
+def careless(examples: Sequence[Example], share: float) -> Iterator[Example]:
+    """The same problems with solutions and answers of a teacher who slips."""
+    for example in examples:
+        solution = with_slips(example.solution, share)
+        yield replace(example, solution=solution, answer=solution.rpartition("#### ")[2])
 
 
 def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows) -> dict[str, float]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import eval.compare
-from eval.compare import Named, comparison_cells, in_order
-from eval.evaluate import Answered
+from eval.compare import Named, comparison_cells, in_order, sampled
+from eval.evaluate import Answered, Reply
 from eval.statistics import Paired, mcnemar
 
 
@@ -115,3 +116,17 @@ def test_what_is_no_evaluation_is_refused(grpo: Path, tmp_path: Path, capsys: py
     assert f"{tmp_path}: expected" in message(capsys, tmp_path)
     assert message(capsys, tmp_path).endswith("; it is a pipeline's, with the runs sft\n")
     assert "--show -1: expected 0 or more" in message(capsys, grpo, "--show", "-1")
+
+
+def test_gains_of_samples_are_means_over_problems_with_the_interval_of_their_differences() -> None:
+    def drawn(*right: bool) -> Answered:
+        return replace(answer("q", True), samples=[Reply("", None, each, each, 1, False) for each in right])
+
+    before = [drawn(False, False), drawn(True, False)] * 50
+    after = [drawn(True, False), drawn(True, True)] * 50
+    found = sampled(before, after)
+    assert found["pass_at_1_gain"] == found["pass_at_1_gain_low"] == found["pass_at_1_gain_high"] == 0.5
+    assert found["pass_at_2_gain"] == 0.5  # half of the problems went from never to once, the others stayed at once
+    half = 1.959964 * math.sqrt(0.25 * 100 / 99 / 100)
+    assert found["pass_at_2_gain_low"] == pytest.approx(0.5 - half) and found["pass_at_2_gain_high"] > 0.59
+    assert sampled([answer("q", True)], [drawn(True)]) == {}

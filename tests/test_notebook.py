@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
+from site import getsitepackages as site_packages
 from typing import Any
 
 import nbformat
@@ -50,15 +52,47 @@ def cell(beginning: str) -> str:
     return str(source)
 
 
-def executed(folder: Path, settings: dict[str, Any]) -> Any:
-    """The notebook after its execution in `folder`, with these settings behind its own."""
+def executed(folder: Path, settings: dict[str, Any], kernel: str) -> Any:
+    """The notebook after its execution in `folder` by `kernel`, with these settings behind its own."""
     notebook = read()
     place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     override = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in settings.items()))
     notebook.cells.insert(place + 1, override)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=300, kernel_name=kernel, resources={"metadata": {"path": str(folder)}})
     client.execute()
     return notebook
+
+
+def published(folder: Path) -> Path:
+    """A repository that holds what would be published."""
+    left_out = shutil.ignore_patterns(
+        ".git", ".venv", "build", "runs", "*.egg-info", "__pycache__", ".*_cache", "results"
+    )
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@host"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    return folder
+
+
+OURS = ("grpo_core", "sft_core", "eval", "rewards", "benchmarks", "grpo_from_scratch", "__editable__")
+
+
+def fresh_kernel(folder: Path, data: Path) -> str:
+    """The name of a kernel that has every package of this environment but ours, and in which pip may install."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    packages = folder / "packages"
+    packages.mkdir()
+    for site in map(Path, site_packages()):
+        for entry in site.iterdir() if site.is_dir() else ():
+            if not entry.name.startswith(OURS) and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    [own] = (folder / "venv" / "lib").glob("python*/site-packages")
+    (own / "more.pth").write_text(f"{packages}\n")
+    spec = {"argv": [str(folder / "venv" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    (data / "kernels" / "fresh").mkdir(parents=True)
+    (data / "kernels" / "fresh" / "kernel.json").write_text(json.dumps(spec | {"display_name": "fresh"}))
+    return "fresh"
 
 
 def printed(notebook: Any) -> str:
@@ -73,10 +107,10 @@ def shown(notebook: Any, kind: str) -> list[str]:
 
 @FORKS
 @pytest.mark.slow
-def test_the_notebook_continues_after_a_disconnect_and_ends_with_tables_pictures_and_an_answer(
+def test_the_notebook_installs_itself_continues_after_a_disconnect_and_ends_with_tables_pictures_and_an_answer(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
     (tmp_path / "fragile.py").write_text(FRAGILE)
@@ -95,10 +129,14 @@ def test_the_notebook_continues_after_a_disconnect_and_ends_with_tables_pictures
     before = {path: path.read_bytes() for name in STAGES[:3] for path in (run / name).rglob("*") if path.is_file()}
 
     (tmp_path / "disconnect").unlink()
-    notebook = executed(tmp_path, settings)
+    settings["REPOSITORY"] = str(published(tmp_path / "published"))
+    notebook = executed(tmp_path, settings, fresh_kernel(tmp_path / "fresh", tmp_path / "jupyter"))
     assert {path: path.read_bytes() for path in before} == before
     text = printed(notebook)
-    assert "the package is here already" in text and "dry run: all of this was loaded and checked" in text
+    assert (
+        f"cloned and installed from {tmp_path / 'published'}" in text
+        and "dry run: all of this was loaded and checked" in text
+    )
     assert [f"stage {i} of 5: {name}" in text for i, name in enumerate(STAGES, start=1)] == [True] * 5
     log = [json.loads(line) for line in (run / "grpo" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4]  # none lost, none twice
@@ -138,22 +176,34 @@ def test_in_colab_the_folder_is_on_the_drive(monkeypatch: pytest.MonkeyPatch, tm
     assert there["RUN"] == Path("/content/drive/MyDrive/run") and mounted == ["/content/drive"]
 
 
-@pytest.mark.parametrize(
-    ("source", "track", "wanted"),
-    [
-        ("..", "", "..[lora,plots]"),
-        ("git+https://host/repository", "", "grpo-from-scratch[lora,plots] @ git+https://host/repository"),
-        ("..", "wandb", "..[lora,plots,wandb]"),
-    ],
-)
-def test_the_package_is_installed_only_where_it_is_missing(source: str, track: str, wanted: str) -> None:
-    ran: list[list[str]] = []
+@pytest.mark.parametrize(("track", "extras"), [("", "lora,plots"), ("wandb", "lora,plots,wandb")])
+def test_the_package_is_cloned_and_installed_only_where_it_is_missing(
+    track: str, extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, ran = tmp_path / "grpo-from-scratch-code", list[list[str]]()
     process = types.SimpleNamespace(run=lambda argv, check: ran.append(argv))
-    names = {"sys": sys, "subprocess": process, "SOURCE": source, "TRACK": track}
-    exec(cell('find_spec("grpo_core")'), {**names, "find_spec": lambda name: object()})
+    names = {"sys": sys, "subprocess": process, "Path": Path, "REPOSITORY": "https://host/repository", "TRACK": track}
+    source = cell('find_spec("grpo_core")')
+    exec(source, {**names, "find_spec": lambda name: object()})
     assert ran == []
-    exec(cell('find_spec("grpo_core")'), {**names, "find_spec": lambda name: None})
-    assert ran == [[sys.executable, "-m", "pip", "install", "-q", wanted]]
+    missing: dict[str, Any] = {**names, "find_spec": lambda name: None}
+    exec(source, missing)
+    clone = ["git", "clone", "--depth", "1", "https://host/repository", str(code)]
+    install = [sys.executable, "-m", "pip", "install", "-q", f"{code}[{extras}]"]
+    assert ran == [clone, install]
+    code.mkdir()  # after a disconnect that left the clone
+    exec(source, missing)
+    assert ran == [clone, install, install]
+
+
+def test_an_address_that_nobody_has_put_in_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {}
+    exec(cell("PRESET ="), settings)
+    names = {**settings, "sys": sys, "Path": Path, "find_spec": lambda name: None}
+    with pytest.raises(ValueError, match="REPOSITORY above: put in the address"):
+        exec(cell('find_spec("grpo_core")'), names)
 
 
 def test_a_command_that_fails_stops_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

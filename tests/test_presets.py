@@ -26,6 +26,11 @@ SMALL, INSTRUCT = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"
 # What the systems' own descriptions say, and nothing that was chosen here.
 SAID: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {"grpo_core": {"task": "arithmetic", "model": "tiny"}, "sft_core": {"task": "arithmetic", "model": "tiny"}},
+    "learns": {
+        "grpo_core": {"task": "arithmetic", "model": "tiny", "sft_preset": "learns"},
+        "sft_core": {"task": "arithmetic", "model": "tiny", "slips": 0.6},
+        "eval": {"task": "arithmetic"},
+    },
     "t4": {
         "sft_core": {"model": INSTRUCT, "precision": "fp16", "gradient_checkpointing": True},
         "grpo_core": {"model": INSTRUCT, "precision": "fp16", "gradient_checkpointing": True},
@@ -129,7 +134,11 @@ def test_every_preset_runs(
     sizes["grpo_core"] = ["--prompts_per_step", "1", "--group_size", "2", "--max_steps", "2"]
     budget = ["--max_prompt_tokens", "1200", "--max_completion_tokens", "5"]
     more = ["--eval_problems", "2", "--no_progress", "--tensorboard=False", "--output_dir", str(tmp_path / "run")]
+    if (package, name) == ("sft_core", "learns"):
+        more += ["--slips", "0"]  # which only the arithmetic task has
     MAINS[package](["--preset", name, "--model", str(model), "--task", str(task), *sizes[package], *budget, *more])
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert kinds.count("train") == {"eval": 0, "sft_core": 1 if name == "tiny" else 2, "grpo_core": 2}[package]
+    assert (
+        kinds.count("train") == {"eval": 0, "sft_core": 1 if name in ("tiny", "learns") else 2, "grpo_core": 2}[package]
+    )
     assert (tmp_path / "run" / "final").is_dir() == (package != "eval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -128,6 +129,27 @@ def test_a_row_is_the_prompt_and_the_demonstration_with_its_stop_token() -> None
         for row, n in zip(rows.ids_NL.tolist(), rows.prompt_len_N.tolist(), strict=True)
     ]
     assert prompts == [f"<|im_start|>user\n{e.question}<|im_end|>\n<|im_start|>assistant\n" for e in EXAMPLES]
+
+
+def test_a_careless_teacher_slips_in_the_share_of_the_lines_and_goes_on_from_the_slip() -> None:
+    policy = tiny_policy()
+    examples = problems(300)
+    shown = texts(policy, encode_demonstrations(policy, examples, sft_config(slips=0.6)))
+    lines = slipped = 0
+    for text in shown:
+        *working, final = text.removesuffix("<|im_end|>").split("\n")
+        result = None
+        for line in working:
+            before, sign, step, after = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", line).groups()  # type: ignore[union-attr]
+            assert result in (None, before)  # the line before it, right or wrong
+            right = int(before) + int(sign + step)
+            assert int(after) - right in (0, 1)
+            lines, slipped, result = lines + 1, slipped + int(after) - right, after
+        assert final == f"#### {result}"
+    assert abs(slipped / lines - 0.6) <= 4 * math.sqrt(0.24 / lines)
+    assert texts(policy, encode_demonstrations(policy, examples, sft_config(slips=0.0))) != shown
+    again = texts(policy, encode_demonstrations(policy, examples[::-1], sft_config(slips=0.6)))
+    assert again[::-1] == shown  # by the problem, not by a random draw
 
 
 def test_a_demonstration_over_the_budget_is_cut_and_teaches_no_end() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_core.doctor import findings as symptoms
 from grpo_core.doctor import movement
-from grpo_core.doctor.finding import SOLVED, Finding
+from grpo_core.doctor.finding import APART, SOLVED, Finding
 from grpo_core.doctor.readlog import LEAST_LINES, Run, read_run
 from rewards.terminal import Arguments
 from sft_core.cli import run_ends, user_errors
@@ -102,6 +102,14 @@ def _grpo_notes(run: Run) -> list[str]:
         found.append("A ratio of exactly 1 and nothing clipped is normal with --mu 1: one update per batch.")
     if run.setting("shuffle_rewards"):
         found.append("--shuffle_rewards: a control experiment. Its reward is not meant to rise.")
+    if run.heldout().last - run.last("accuracy") > APART:
+        greedy, sampled = run.heldout().last, run.last("accuracy")
+        found.append(
+            f"Held-out answers are greedy, and {greedy:.1%} of them right; samples are drawn at --temperature "
+            f"{run.setting('temperature'):g}, and {sampled:.1%} right. Both are true: greedy decoding takes the "
+            "likeliest token each time, so a way of answering that is a little more likely than another wins always. "
+            "docs/sharpening.md says what that means."
+        )
     if run.last("accuracy") >= SOLVED and run.first("accuracy") < SOLVED:
         found.append("The task is nearly solved; a harder one would teach more.")
     return found

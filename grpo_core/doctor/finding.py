@@ -12,6 +12,7 @@ FELL = 4.0  # as MOVED, but a peak is the best of many windows: its height is lu
 CUT_OFF = 0.8  # share of completions; what ends by itself is then the exception
 ALIKE = 0.7  # share of groups that teach nothing: three in four samples are wasted
 SOLVED = 0.9  # accuracy; a group of 8 is then all right nearly every other time
+APART = 0.15  # of greedy and sampled accuracy; people take the two for one number
 UNSOLVED = 0.15  # accuracy; more, and eight samples of a prompt are rarely all wrong
 NOTICED = 0.05  # share of completions with an answer; less is an accident, not a habit
 NO_LR = 1e-7  # AdamW moves a weight by about lr a step: a thousand steps would not show in a weight of 0.02

@@ -9,6 +9,7 @@ trained on, whatever the names, objects and seeds.
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Literal
@@ -67,3 +68,22 @@ def _write_problem(start: int, steps: list[int], rng: random.Random) -> dict[str
         total += step
     question.append(f"How many {thing} does {name} have now?")
     return {"question": " ".join(question), "answer": "\n".join([*lines, f"#### {total}"])}
+
+
+def with_slips(solution: str, share: float) -> str:
+    """A careless teacher's working: each line's result is one too large in this share of the lines, and the next line
+    goes on from it. Which lines slip depends on the solution alone.
+
+    >>> print(with_slips("7+2=<<7+2=9>>9\\n9-5=<<9-5=4>>4\\n#### 4", share=1.0))
+    7+2=<<7+2=10>>10
+    10-5=<<10-5=6>>6
+    #### 6
+    """
+    rng, lines, total = random.Random(solution), [], ""
+    for line in solution.splitlines():
+        if match := re.match(r"(\d+)([+-]\d+)=", line):
+            before = total or match[1]
+            total = str(int(before) + int(match[2]) + (rng.random() < share))
+            line = f"{before}{match[2]}=<<{before}{match[2]}={total}>>{total}"
+        lines.append(line)
+    return "\n".join([*lines[:-1], f"#### {total}"]) if total else solution
