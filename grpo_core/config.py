@@ -16,7 +16,7 @@ from sft_core.errors import require
 from sft_core.text.config import TaskConfig
 
 # The published losses differ in three independent choices: whose ratio (the token's or the sequence's), what a token
-# contributes (`clipped_surrogate` in grpo_core/objective.py, or one of grpo_core/variants.py), and what it weighs.
+# contributes (`clipped_surrogate` in grpo_core/objective.py, or one of grpo_core/variants.py), and its weight.
 RatioLevel = Literal["token", "sequence"]
 TokenLoss = Literal["clip", "cispo", "sapo", "vespo"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum"]

@@ -9,6 +9,7 @@ from grpo_core.forecast.hours import hours_line
 from grpo_core.forecast.memory import Lengths, forecast
 from grpo_core.job import GRPOJob
 from grpo_core.recipes import objective_line
+from grpo_core.scoring import unearned
 from grpo_core.warmstart import tiny_sft_folder
 from sft_core.model.source import find_source
 from sft_core.run.plan_lines import (
@@ -51,7 +52,7 @@ def grpo_plan(job: GRPOJob) -> str:
             "task": task_line(task, config),
             "first": first_line(policy, some(task), config),
             "model": model_line(config, policy, name),
-            "rewards": " + ".join(rewards),
+            "rewards": "; ".join([" + ".join(rewards), *unearned(job.rewards, task.train[0], config)]),
             "objective": objective_line(config),
             "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "
             f"{min(config.micro_batch, B * G)} rows at a time; {rate_text(config, steps)}; beta {config.beta:g}",

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
-from grpo_core.objective import zero_spread
+from grpo_core.objective import all_equal
 from grpo_core.step import Learner, Rollout, sample_and_score
 from grpo_core.variants import values_and_weights
 from sft_core.learn.clock import Stopwatch
@@ -40,9 +40,9 @@ def equal_groups(rollout: Rollout, config: GRPOConfig) -> Tensor:
     """True for the groups that teach nothing: those of equal rewards, or, where each reward function is normalised
     separately, those in which every function gives equal values."""
     if config.reward_aggregation == "sum_then_normalize":
-        return zero_spread(rollout.reward_BG)
+        return all_equal(rollout.reward_BG)
     value_KBG, _ = values_and_weights(rollout.scores, rollout.reward_BG)
-    return torch.stack([zero_spread(value_BG) for value_BG in value_KBG]).all(dim=0)
+    return torch.stack([all_equal(value_BG) for value_BG in value_KBG]).all(dim=0)
 
 
 def _substituted(rollout: Rollout, equal_B: Tensor, fresh: Rollout) -> Rollout:

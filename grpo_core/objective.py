@@ -39,7 +39,7 @@ def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"]
     tensor([[ 0.7500, -0.2500, -0.2500, -0.2500]])
     """
     centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)
-    centered_BG = torch.where(zero_spread(reward_BG)[:, None], 0.0, centered_BG)
+    centered_BG = torch.where(all_equal(reward_BG)[:, None], 0.0, centered_BG)
     if scale == "group":
         centered_BG = centered_BG / (nan_std(reward_BG) + EPSILON)
     elif scale == "batch":
@@ -47,7 +47,7 @@ def group_advantages(reward_BG: Tensor, scale: Literal["group", "batch", "none"]
     return torch.where(centered_BG.isnan(), 0.0, centered_BG)
 
 
-def zero_spread(reward_BG: Tensor) -> Tensor:
+def all_equal(reward_BG: Tensor) -> Tensor:
     """True for the groups that teach nothing: all their rewards are equal, or fewer than two are known."""
     known_BG = ~reward_BG.isnan()
     highest_B = torch.where(known_BG, reward_BG, -torch.inf).amax(dim=1)

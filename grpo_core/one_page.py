@@ -70,9 +70,9 @@ def token_logprobs(model: Any, ids_NL: Tensor, attention_NL: Tensor, T: int) -> 
 def group_advantages(reward_BG: Tensor) -> Tensor:
     """How much better than its group was each completion? (section 4.1.2)"""
     centered_BG = reward_BG - reward_BG.mean(dim=1, keepdim=True)
-    spread_B1 = reward_BG.amax(dim=1, keepdim=True) - reward_BG.amin(dim=1, keepdim=True)
+    range_B1 = reward_BG.amax(dim=1, keepdim=True) - reward_BG.amin(dim=1, keepdim=True)
     # In a group of equal rewards there is nothing to learn: exactly 0, not the quotient of two rounding errors.
-    return torch.where(spread_B1 == 0, 0.0, centered_BG / (reward_BG.std(dim=1, keepdim=True) + 1e-4))
+    return torch.where(range_B1 == 0, 0.0, centered_BG / (reward_BG.std(dim=1, keepdim=True) + 1e-4))
 
 
 def token_losses(logp_NT: Tensor, old_logp_NT: Tensor, ref_logp_NT: Tensor, advantage_N1: Tensor) -> Tensor:

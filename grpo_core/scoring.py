@@ -10,10 +10,11 @@ from torch import Tensor
 
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
-from rewards import Reward, Scores, TrainerState, score
+from rewards import REWARDS, Reward, Scores, TrainerState, score
 from sft_core.text.example import Example
-from sft_core.text.prompts import prompt_messages
+from sft_core.text.prompts import FORMATS, demonstration, prompt_messages
 
+LENGTH = "soft_overlong_reward_func"  # which looks at no format
 FIELDS = ("question", "answer", "solution")
 # What reward functions receive whatever the data: fields of an `Example`, the sampled ids, two sizes of the budget.
 # The data's own columns come on top, under their names.
@@ -47,3 +48,19 @@ def score_groups(
     if config.shuffle_rewards:
         scores = scores.reordered(torch.randperm(N).tolist())
     return scores, torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)
+
+
+def unearned(rewards: Sequence[Reward], example: Example, config: GRPOConfig) -> list[str]:
+    """A line for each reward of this project that pays nothing for the problem's own solution in the prompt's format,
+    because it looks for another one."""
+    if not example.answer:
+        return []
+    text = demonstration(example, FORMATS[config.prompt_format])
+    columns = {name: [getattr(example, name)] for name in FIELDS}
+    own = [reward for reward in rewards if REWARDS.get(reward.name) is reward.function and reward.name != LENGTH]
+    return [
+        f"{reward.name} pays nothing for the first problem's own solution in --prompt_format {config.prompt_format}: "
+        "it looks for another format"
+        for reward in own
+        if not reward.function([example.question], [text], **columns)[0]
+    ]

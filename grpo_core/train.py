@@ -25,6 +25,7 @@ from grpo_core.dryrun import grpo_plan
 from grpo_core.forecast.memory import forecast
 from grpo_core.job import GRPOJob, prepare
 from grpo_core.metrics import step_record
+from grpo_core.scoring import unearned
 from grpo_core.step import Learner, grpo_step
 from grpo_core.warmstart import tiny_sft
 from grpo_core.ways import ways, ways_line
@@ -202,6 +203,8 @@ def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
     config = job.config
     source = job.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
     print(forecast(config, source))
+    for line in unearned(job.rewards, job.task.train[0], config):
+        print(f"note: {line}")
     prompts = PromptSource(job.task, config.seed)
     learner = job.learner(source, prompts)
     parts: dict[str, Part] = {"prompts": prompts}

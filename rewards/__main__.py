@@ -133,7 +133,7 @@ def _table(found: Audit) -> str:
     rows = [
         [
             *(column.name, _number(column.weight), _percent(column.fires), _percent(column.full)),
-            *(_number(value) for value in (column.mean, column.spread, column.low, column.high, column.with_correct)),
+            *(_number(value) for value in (column.mean, column.std, column.low, column.high, column.with_correct)),
             *(_percent(column.equal_groups), str(found.rows - column.given)),
         ]
         for column in found.columns

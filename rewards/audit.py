@@ -113,7 +113,7 @@ class Column:
     fires: float | None  # share of values other than 0
     full: float | None  # share of values that are its highest here; None where it never fires
     mean: float | None
-    spread: float | None  # standard deviation
+    std: float | None  # standard deviation
     low: float | None
     high: float | None
     with_correct: float | None  # correlation with being right; None where one of them never varies
@@ -139,7 +139,7 @@ class Column:
             fires=_share([value != 0 for value in given]),
             full=None if verdict == "dead" else _share([value == high for value in given]),
             mean=fmean(given) if given else None,
-            spread=pstdev(given) if given else None,
+            std=pstdev(given) if given else None,
             low=low,
             high=high,
             with_correct=correlated(values, [float(right) for right in correct]),

@@ -25,12 +25,13 @@ NAMED = {
 }
 
 
-def normalised(values: Sequence[float | None], spread_of: Sequence[float | None] | None) -> list[float]:
-    """(value - mean) / (spread + 1e-4), 0 for None and where all values are equal; None for a spread: that of 1."""
+def normalised(values: Sequence[float | None], std_of: Sequence[float | None] | None) -> list[float]:
+    """(value - mean) / (standard deviation of `std_of` + 1e-4), 0 for None and where all are equal; `std_of` None:
+    divided by 1."""
     known = [value for value in values if value is not None]
     if len(set(known)) < 2:
         return [0.0] * len(values)
-    divisor = 1.0 if spread_of is None else stdev([value for value in spread_of if value is not None]) + 1e-4
+    divisor = 1.0 if std_of is None else stdev([value for value in std_of if value is not None]) + 1e-4
     return [0.0 if value is None else (value - fmean(known)) / divisor for value in values]
 
 

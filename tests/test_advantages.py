@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.objective import EPSILON, group_advantages, nan_std, zero_spread
+from grpo_core.objective import EPSILON, all_equal, group_advantages, nan_std
 from tests.helpers import grpo_config
 
 NAN = float("nan")
@@ -31,18 +31,18 @@ def test_equal_rewards_have_advantage_exactly_zero(scale: Scale, value: float) -
 
 
 def test_twelve_equal_rewards_of_a_hundredth_have_a_rounded_mean_that_is_not_a_hundredth() -> None:
-    """Why equality decides, and not the spread: the test above can fail."""
+    """Why equality decides, and not the standard deviation: the test above can fail."""
     rewards = table([0.01] * 12)
     assert (rewards - rewards.mean()).abs().max() > 0
 
 
-def test_the_spread_is_over_n_minus_one() -> None:
+def test_the_standard_deviation_is_over_n_minus_one() -> None:
     assert nan_std(table([0.0, 1.0, 2.0])).item() == 1.0  # over n it would be 0.816
     assert nan_std(table([1.0, 0.0, 0.0, 0.0])).item() == 0.5  # over n 0.433
     torch.testing.assert_close(group_advantages(table([0.0, 1.0, 2.0])), table([-1.0, 0.0, 1.0]) / (1 + EPSILON))
 
 
-def test_fewer_than_two_values_have_no_spread() -> None:
+def test_fewer_than_two_values_have_no_standard_deviation() -> None:
     assert nan_std(table([3.0, NAN], [NAN, NAN])).isnan().all()
     assert nan_std(table([3.0])).isnan().all()
 
@@ -54,11 +54,11 @@ def test_group_scaling_agrees_with_the_statistics_of_each_group() -> None:
     torch.testing.assert_close(group_advantages(table(*groups), "group"), table(*expected), rtol=1e-5, atol=1e-6)
 
 
-def test_batch_scaling_divides_by_the_spread_of_all_rewards() -> None:
+def test_batch_scaling_divides_by_the_standard_deviation_of_all_rewards() -> None:
     rng = random.Random(1)
     groups = [[rng.gauss(1, 2) for _ in range(5)] for _ in range(4)]
-    spread = stdev([r for group in groups for r in group]) + EPSILON
-    expected = [[(r - fmean(group)) / spread for r in group] for group in groups]
+    std = stdev([r for group in groups for r in group]) + EPSILON
+    expected = [[(r - fmean(group)) / std for r in group] for group in groups]
     torch.testing.assert_close(group_advantages(table(*groups), "batch"), table(*expected), rtol=1e-5, atol=1e-6)
 
 
@@ -85,12 +85,12 @@ def test_a_shuffled_group_has_shuffled_advantages() -> None:
 
 
 @scales
-def test_a_row_without_a_reward_gets_zero_and_is_left_out_of_mean_and_spread(scale: Scale) -> None:
+def test_a_row_without_a_reward_gets_zero_and_is_left_out_of_mean_and_std(scale: Scale) -> None:
     # A second group, so that `batch` has something to look at; its mean and the first one's are both 1.
     advantage_BG = group_advantages(table([0.0, NAN, 2.0], [1.0, 0.0, 2.0]), scale)
     assert advantage_BG[0, 1] == 0
-    spread = {"group": stdev([0, 2]) + EPSILON, "batch": stdev([0, 2, 1, 0, 2]) + EPSILON, "none": 1.0}[scale]
-    torch.testing.assert_close(advantage_BG[0, [0, 2]], torch.tensor([-1.0, 1.0]) / spread)
+    std = {"group": stdev([0, 2]) + EPSILON, "batch": stdev([0, 2, 1, 0, 2]) + EPSILON, "none": 1.0}[scale]
+    torch.testing.assert_close(advantage_BG[0, [0, 2]], torch.tensor([-1.0, 1.0]) / std)
 
 
 @scales
@@ -103,14 +103,14 @@ def test_a_group_with_fewer_than_two_rewards_teaches_nothing(scale: Scale) -> No
 
 def test_groups_that_teach_nothing_are_those_without_two_different_rewards() -> None:
     rewards = table([0.01] * 3, [0.0, 0.0, 1.0], [NAN, 1.0, 1.0], [NAN, 1.0, 2.0], [NAN, NAN, 1.0], [NAN] * 3)
-    assert zero_spread(rewards).tolist() == [True, False, True, False, True, True]
+    assert all_equal(rewards).tolist() == [True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_are_known_as_equal_however_their_mean_is_rounded(dtype: torch.dtype) -> None:
     groups = torch.tensor([[0.01] * 12, [0.1] * 12, [1 / 3] * 12, [1e6 / 7] * 12], dtype=dtype)
-    assert (nan_std(groups) > 0).any()  # what a spread would decide by
-    assert zero_spread(groups).all()
+    assert (nan_std(groups) > 0).any()  # what a standard deviation would decide by
+    assert all_equal(groups).all()
 
 
 def test_a_group_of_one_is_refused_because_it_is_its_own_baseline() -> None:

@@ -74,7 +74,7 @@ def test_each_column_says_how_often_a_reward_fires_and_what_it_goes_with() -> No
         *(0.25, 0.25, 0.25, pytest.approx(1), ""),
     )
     assert (loud.given, loud.fires, loud.full, loud.low, loud.high) == (3, 1.0, pytest.approx(2 / 3), 1.0, 6.0)
-    assert loud.spread == pytest.approx(numpy.std([6, 6, 1]))
+    assert loud.std == pytest.approx(numpy.std([6, 6, 1]))
     assert (constant.verdict, constant.full, constant.with_correct, constant.equal_groups) == (
         "saturated",
         1.0,

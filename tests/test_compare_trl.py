@@ -17,6 +17,7 @@ from benchmarks import compare_trl
 from benchmarks.parity.cases import FAMILIES, Case, Trace, all_cases, completions
 from benchmarks.parity.compare import BOUNDS, LEAST_MOVED, differences, moved, over_bound, relative
 from grpo_core.config import LOSSES
+from grpo_core.recipes import settings_of
 
 pytestmark = [
     pytest.mark.trl,
@@ -68,7 +69,8 @@ def test_every_named_loss_is_trls_in_every_stage(number: int, loss: str, folder:
     assert over(measured(case, folder, their_trace)) == set()
 
 
-WITH_OPTIONS = [case for case in all_cases() if case.fields]
+WITH_OPTIONS = [case for case in all_cases() if case.fields and "recipe" not in case.fields]
+RECIPE_CASES = [case for case in all_cases() if "recipe" in case.fields and case.family == "qwen2"]
 
 
 # Each option once, in the two families in turn: the list holds both, one after the other.
@@ -82,6 +84,18 @@ def test_every_option_is_trls_in_every_stage_and_changes_something(case: Case, f
     assert over(differences(case, our_trace, their_trace)) == set()
     plain_trace = ours_as_theirs(case, without, their_trace)
     assert "weights" in over(differences(replace(case, fields={}), our_trace, plain_trace))
+
+
+@pytest.mark.parametrize("case", RECIPE_CASES, ids=lambda case: case.fields["recipe"])
+def test_every_recipe_is_trls_in_every_stage(case: Case, folder: Path) -> None:
+    from benchmarks.parity import ours, theirs
+
+    config = ours.configuration(case, folder)
+    for name, value in settings_of(case.fields["recipe"]).items():
+        if name not in ("lr", "lr_schedule", "dynamic_sampling", "mu", "ref_sync_every"):
+            assert getattr(config, name) == value
+    their_trace = theirs.run(case, config, folder)
+    assert over(measured(case, folder, their_trace)) == set()
 
 
 def ours_as_theirs(case: Case, config: Any, their_trace: Trace) -> Trace:

@@ -216,3 +216,26 @@ def test_every_program_reads_its_environment(
     out, err = capsys.readouterr()
     assert str(model) in lines_of(out)["model"] and "runs/mine (new)" in lines_of(out)["folder"]
     assert err.count("\n") == 1 and "< environment <" in lines_of(out)["settings"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "reward", "paid"),
+    [
+        ("hash", "numeric_reward_func", True),
+        ("xml", "numeric_reward_func", False),
+        ("xml", "correctness_reward_func", True),
+        ("hash", "correctness_reward_func", False),
+        ("xml", "strict_format_reward_func", True),
+        ("hash", "xmlcount_reward_func", False),
+        ("hash", "soft_overlong_reward_func", True),  # looks at lengths alone
+        ("hash", "tests.helpers:length_reward", True),  # a reward of one's own may look for anything
+    ],
+)
+def test_a_reward_that_looks_for_another_format_than_the_prompt_asks_for_is_named(
+    prompt_format: str, reward: str, paid: bool, model: Path, nothing_happens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL, *GRPO, "--prompt_format", prompt_format, "--rewards", reward]
+    grpo_core.train.main(["--model", str(model), *flags, "--output_dir", "run", "--dry_run"])
+    line = lines_of(capsys.readouterr().out)["rewards"]
+    note = f"{reward} pays nothing for the first problem's own solution in --prompt_format {prompt_format}"
+    assert (note in line) == (not paid)

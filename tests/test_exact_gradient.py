@@ -127,12 +127,13 @@ def test_unscaled_advantages_give_the_true_gradient_times_g_minus_1_over_g(
 
 
 def weight_of_a_prompt(share: float, G: int) -> float:
-    """By how much a prompt's gradient is stretched when rewards of 0 and 1 are divided by their group's spread: the
-    advantage of a right answer less that of a wrong one, mean over how many of the G - 1 others are right."""
+    """By how much a prompt's gradient is stretched when rewards of 0 and 1 are divided by their group's standard
+    deviation: the
+    advantage of a right answer minus that of a wrong one, mean over how many of the G - 1 others are right."""
 
     def advantage(right: int, own: int) -> float:
-        spread = math.sqrt(right * (G - right) / (G * (G - 1)))
-        return (own - right / G) / (spread + EPSILON) if 0 < right < G else 0.0
+        std = math.sqrt(right * (G - right) / (G * (G - 1)))
+        return (own - right / G) / (std + EPSILON) if 0 < right < G else 0.0
 
     return sum(
         math.comb(G - 1, k) * share**k * (1 - share) ** (G - 1 - k) * (advantage(k + 1, 1) - advantage(k, 0))
@@ -142,7 +143,7 @@ def weight_of_a_prompt(share: float, G: int) -> float:
 
 @pytest.mark.parametrize("G", [2, 3, 4, 8])
 @pytest.mark.parametrize("share", SHARES)
-def test_dividing_by_the_groups_spread_weighs_a_prompt_by_its_difficulty(share: float, G: int) -> None:
+def test_dividing_by_the_groups_standard_deviation_weights_a_prompt_by_its_difficulty(share: float, G: int) -> None:
     here, policy = guesses((share,))
     right_R = (here.rows.completion_NT == WORD).any(dim=1).double()
     direction = Estimator(here, settings(1, G, scale_rewards="group"), right_R).direction(policy)
@@ -156,7 +157,7 @@ def test_re_weighting_by_difficulty_begins_with_groups_of_four_and_grows() -> No
     assert hard_to_middling[2:] == pytest.approx([1.066, 1.387, 1.863], abs=1e-3)
 
 
-def test_dividing_by_a_spread_turns_the_gradient_of_graded_rewards() -> None:
+def test_dividing_by_a_standard_deviation_turns_the_gradient_of_graded_rewards() -> None:
     here, policy, reward_KR = two_prompts()
     truth = true_gradient(here, policy, reward_KR.sum(dim=0))
     each = {"scale_rewards": "group", "reward_aggregation": "normalize_then_sum"}

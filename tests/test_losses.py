@@ -214,7 +214,7 @@ def test_a_row_that_no_function_judged_has_advantage_zero_and_counts_in_no_mean(
     assert found[0, 0] == 0 and found[0, 1] == pytest.approx(-found[0, 2]) and found[0, 1] != 0
 
 
-def test_decoupling_makes_a_small_spread_count_as_much_as_a_large_one() -> None:
+def test_decoupling_makes_a_small_standard_deviation_count_as_much_as_a_large_one() -> None:
     large, small = [0.0, 100.0, 0.0, 100.0], [0.0, 0.1, 0.1, 0.0]
     found = decoupled_advantages(torch.tensor([[large], [small]]), torch.ones(2))[0]
     assert found[0] == pytest.approx(-found[1]) and found[2].abs() < 2e-3 and found[3].abs() < 2e-3

@@ -208,7 +208,7 @@ def test_lengths_are_logged_of_all_completions_and_of_those_that_ended_themselve
     assert [record[f"ended_length_{kind}"] for kind in ("mean", "min", "max")] == [0, 0, 0]
 
 
-def test_each_reward_functions_spread_is_logged_beside_its_mean() -> None:
+def test_each_reward_functions_standard_deviation_is_logged_beside_its_mean() -> None:
     config = grpo_config()
     values: list[float | None] = [1, 4, None, 2, 2, 5]
     functions = {"several": values, "one": [None] * 5 + [3.0], "none": [None] * 6}

@@ -62,7 +62,7 @@ def test_evaluating_in_between_with_samples_or_without_does_not_change_what_is_l
     assert same(weights(plain.path / "final"), weights(recorded.path / "final"))
     assert [line["step"] for line in plain.train] == [4, STEPS]  # every fourth one, and the last
     assert [line["step"] for line in plain.eval] == [0, STEPS]
-    assert not (plain.path / "checkpoints").exists()
+    assert [path.name for path in (plain.path / "checkpoints").iterdir()] == [f"step-{STEPS:06d}"]
 
 
 # --- settings

@@ -96,6 +96,7 @@ def test_the_final_folder_opens_with_plain_transformers_and_is_the_trained_model
     assert tok(text)["input_ids"] == tokenizer()(text)["input_ids"]
     assert tok.eos_token_id == tokenizer().eos_token_id and tok.chat_template == tokenizer().chat_template
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "final",
         "log.jsonl",

@@ -98,7 +98,7 @@ def test_vespo_is_the_policy_gradient_where_nothing_has_moved(advantage: float) 
 
 
 @pytest.mark.parametrize(("advantage", "k", "decay"), [(2.0, 1.5, 2.5), (-2.0, 0.5, 3.5)])
-def test_vespo_weighs_by_a_gamma_density_of_the_whole_completions_ratio(
+def test_vespo_weights_by_a_gamma_density_of_the_whole_completions_ratio(
     advantage: float, k: float, decay: float
 ) -> None:
     """W is the product of the tokens' ratios, not their mean; and phi has no gradient of its own."""

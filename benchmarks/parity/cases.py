@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.config import LOSSES
+from grpo_core.recipes import RECIPES, settings_of
 from sft_core.model.tiny import build_tokenizer
 
 Family = Literal["qwen2", "gpt2"]  # rotary positions, and learned absolute ones
@@ -142,7 +143,7 @@ def equal_rewards(value: float) -> list[Any]:
 
 def all_cases() -> list[Case]:
     """Every named loss x family x beta x mu x accumulation x truncation mask x None rewards, at a temperature of 0.7 or
-    1.3 in turn; then every other option, alone, on two updates of both families."""
+    1.3 in turn; then every other option, alone, on two updates of both families; then every recipe."""
     product = itertools.product(LOSSES, FAMILIES, (0.0, 0.1), (1, 2), (1, 2), (False, True), (False, True))
     cases = []
     for number, (loss, family, beta, mu, accumulation, mask_truncated, none_rewards) in enumerate(product):
@@ -157,7 +158,20 @@ def all_cases() -> list[Case]:
             whole = "top_entropy" in fields or "entropy_coef" in fields
             mu = 1 if "top_entropy" in fields else 2
             cases.append(Case(loss, family, 0.1, mu, 1.3, 1 if whole else 2, hard, hard, fields=fields))
-    return cases
+    return [*cases, *(recipe_case(name, family) for name in RECIPES for family in FAMILIES)]
+
+
+def recipe_case(name: str, family: Family) -> Case:
+    """A paper's recipe on two updates of each rollout; its learning rate and its sampling of further prompts left out,
+    which are no part of the objective."""
+    values = {"epsilon_low": 0.2, "epsilon_high": 0.2, **settings_of(name)}
+    for flag in ("lr", "lr_schedule", "dynamic_sampling", "mu", "temperature"):
+        values.pop(flag, None)
+    if values.get("ref_sync_every"):
+        values["ref_sync_every"] = 2  # within the steps of a case
+    loss, beta = values.pop("loss"), values.pop("beta", 0.0)
+    masked = values.pop("mask_truncated", False)
+    return Case(loss, family, beta, 2, 1.0, 2, masked, family == "gpt2", fields={"recipe": name, **values})
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

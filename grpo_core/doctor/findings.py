@@ -124,8 +124,8 @@ def never_rewarded(run: Run) -> Finding | None:
 def dead_reward(run: Run) -> Finding | None:
     dead = {}
     for name in run.functions:
-        value, spread = run.mean(f"rewards/{name}"), run.mean(f"rewards_std/{name}")
-        if run.only_value(name) is not None or 0 <= spread <= SATURATED * value:
+        value, std = run.mean(f"rewards/{name}"), run.mean(f"rewards_std/{name}")
+        if run.only_value(name) is not None or 0 <= std <= SATURATED * value:
             dead[name] = value
     # Where all functions are constant, the whole reward is at fault, and other findings say so.
     if len(dead) == len(run.functions) or not dead.keys() - PENALTIES:

@@ -117,8 +117,8 @@ class Run:
         means = {line.get(f"rewards/{name}") for line in self.train}
         if means == {None}:
             return math.nan
-        spread = any(line.get(f"rewards_std/{name}") for line in self.train)
-        return None if spread or len(means) > 1 else means.pop()
+        varied = any(line.get(f"rewards_std/{name}") for line in self.train)
+        return None if varied or len(means) > 1 else means.pop()
 
     @property
     def extracted(self) -> float:

@@ -31,7 +31,7 @@ PITFALLS = {
     6: "Temperature, top-k or top-p missing from the log-probabilities",
     7: "Old log-probabilities computed under other conditions",
     8: "A tiny epsilon where the rewards are equal",
-    9: "The spread over G instead of G - 1",
+    9: "The standard deviation over G instead of G - 1",
     10: "Averages over micro-batches of unequal length",
     11: "Samples in one order, golds in another",
     12: "exp or a product before the mask",

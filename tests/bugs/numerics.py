@@ -15,7 +15,7 @@ BUGS = [
         8,
         "equal rewards are left to epsilon",
         "grpo_core/objective.py",
-        "    centered_BG = torch.where(zero_spread(reward_BG)[:, None], 0.0, centered_BG)\n",
+        "    centered_BG = torch.where(all_equal(reward_BG)[:, None], 0.0, centered_BG)\n",
         "",
         "The rounded mean of twelve 0.01s is not 0.01, and the quotient of two rounding errors is anything: with an "
         "epsilon of 1e-8 the advantage is 0.085. A group that agrees should teach nothing, exactly.",
@@ -23,22 +23,22 @@ BUGS = [
     ),
     Mutation(
         8,
-        "equality decided by a spread of 0",
+        "equality decided by a standard deviation of 0",
         "grpo_core/objective.py",
         "return highest_B <= lowest_B",
         "return ~(nan_std(reward_BG).squeeze(1) > 0)",
-        "Rounding makes the spread of equal rewards a little more than 0: dynamic sampling keeps such groups and the "
-        "log does not count them.",
+        "Rounding makes the standard deviation of equal rewards more than 0: dynamic sampling keeps such groups, and "
+        "the log does not count them.",
         (f"{ADVANTAGES}test_equal_rewards_are_known_as_equal_however_their_mean_is_rounded",),
     ),
     Mutation(
         9,
-        "the spread over G",
+        "the standard deviation over G",
         "grpo_core/objective.py",
         "freedom = (known.sum(dim=1, keepdim=True) - 1).clamp(min=0)",
         "freedom = known.sum(dim=1, keepdim=True)",
         "numpy's default; torch's and TRL's is over G - 1. Every advantage is larger by sqrt(G / (G - 1)): 7% at 8.",
-        (f"{ADVANTAGES}test_the_spread_is_over_n_minus_one",),
+        (f"{ADVANTAGES}test_the_standard_deviation_is_over_n_minus_one",),
     ),
     Mutation(
         9,

@@ -102,7 +102,7 @@ BUGS = [
         "    with torch.no_grad():\n        log_w_N1",
         "    with torch.enable_grad():\n        log_w_N1",
         "phi is a constant in the paper; its gradient bends the direction of every update after the first.",
-        (f"{VARIANTS}test_vespo_weighs_by_a_gamma_density_of_the_whole_completions_ratio",),
+        (f"{VARIANTS}test_vespo_weights_by_a_gamma_density_of_the_whole_completions_ratio",),
     ),
     Mutation(
         27,

@@ -126,7 +126,7 @@ BUGS = [
         "loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()",
         "weights = token_weights(mask_NT, config.objective.aggregation, config.max_completion_tokens)\n"
         "        loss = (weights * (surrogate_NT + config.beta * kl_NT)).sum() * len(micro) / len(rows)",
-        "Tokens that share a micro-batch with short completions weigh more, so the gradient depends on how the batch "
+        "Tokens that share a micro-batch with short completions count more, so the gradient depends on how the batch "
         "happens to be cut.",
         (f"{STEP}test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_however_it_is_cut",),
     ),

@@ -119,7 +119,7 @@ BUGS = [
         "grpo_core/variants.py",
         "score_KBG = group_advantages(value_KBG.reshape(K * B, G)).view(K, B, G) * weight_K[:, None, None]",
         "score_KBG = value_KBG.nan_to_num(0.0) * weight_K[:, None, None]",
-        "The function with the largest spread drowns the others, which is what normalising first is for.",
+        "The function with the largest standard deviation drowns the others, which is what normalising first is for.",
         ("grpo_core/variants.py::grpo_core.variants.decoupled_advantages",),
     ),
     Mutation(
@@ -147,6 +147,6 @@ BUGS = [
         "centered_BG = reward_BG - reward_BG.nanmean(dim=1, keepdim=True)",
         "centered_BG = reward_BG - reward_BG.nan_to_num(0.0).mean(dim=1, keepdim=True)",
         "The baseline sinks, and the advantages of the others no longer sum to 0.",
-        ("tests/test_advantages.py::test_a_row_without_a_reward_gets_zero_and_is_left_out_of_mean_and_spread",),
+        ("tests/test_advantages.py::test_a_row_without_a_reward_gets_zero_and_is_left_out_of_mean_and_std",),
     ),
 ]
