@@ -155,6 +155,9 @@ def compared(every: int, folder: Path) -> tuple[str, list[str]]:
 
 
 def _options(fields: dict[str, object]) -> str:
+    """How a case is called: by its recipe alone, or by each option."""
+    if "recipe" in fields:
+        return f"recipe {fields['recipe']}"
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 

@@ -113,8 +113,8 @@ BOXES = [
     (0.0, 2, BLUE, "B questions"),
     (0.0, 1, BLUE, "sample G answers to each:\nthe policy, with generate"),
     (0.0, 0, BLUE, "score each answer:\nreward functions"),
-    (1.0, 0, GREEN, "advantage: reward minus the group's\nmean, divided by its standard deviation"),
-    (1.0, 1, ORANGE, "loss of each token: clipped\nratio x advantage, plus beta x KL"),
+    (1.0, 0, GREEN, "advantage A: reward minus the group's\nmean, divided by its standard deviation"),
+    (1.0, 1, ORANGE, "loss of each token: beta x KL, minus the\nsmaller of ratio x A and clipped ratio x A"),
     (1.0, 2, ORANGE, "gradient, added up over\nmicro-batches, then AdamW"),
 ]
 FLOWS = ["prompts (B, P)", "completions (B x G, T)", "rewards (B, G)", "advantages (B, G)", "one number"]
@@ -122,8 +122,8 @@ FLOWS = ["prompts (B, P)", "completions (B x G, T)", "rewards (B, G)", "advantag
 
 def loop() -> Any:
     """One step of GRPO, and what flows through it."""
-    figure, axis = pyplot.subplots(figsize=(7.6, 3.8), layout="constrained")
-    axis.set(xlim=(-0.35, 1.75), ylim=(-0.35, 2.35))
+    figure, axis = pyplot.subplots(figsize=(8.8, 3.8), layout="constrained")
+    axis.set(xlim=(-0.35, 2.2), ylim=(-0.35, 2.35))
     axis.axis("off")
     boxes = []
     for x, y, color, text in BOXES:
@@ -137,10 +137,12 @@ def loop() -> Any:
         if i < len(FLOWS):
             away = (x + 0.03, y, "left", "center") if begin != 2 else (x - 0.06, y + 0.08, "center", "bottom")
             axis.text(*away[:2], FLOWS[i], fontsize=8, color=GREY, ha=away[2], va=away[3])
+    again = {"arrowstyle": "-|>", "linewidth": 1.4, "color": GREY, "connectionstyle": "arc3,rad=-0.8"}
+    axis.annotate("", (1.42, 1.18), (1.32, 1.95), arrowprops=again)
     axis.text(0.42, 1.62, "new weights", fontsize=8, color=GREY, ha="right")
-    axis.text(1.43, 1.5, "repeated mu times\non the same answers", fontsize=8, color=GREY, va="center")
+    axis.text(1.72, 1.6, "mu times on\nthe same answers", fontsize=8, color=GREY, va="center")
     axis.text(
-        1.43, 1.0, "ratio: to the policy\nthat sampled;\nKL: to a frozen copy", fontsize=8, color=GREY, va="center"
+        1.56, 0.8, "ratio: to the policy that\nsampled; KL: to a frozen copy", fontsize=8, color=GREY, va="center"
     )
     return figure
 

@@ -33,23 +33,29 @@ RECIPES: dict[str, Recipe] = {
     "r1_zero": Recipe(
         "DeepSeek-R1, arXiv 2501.12948 (2nd version)",
         {
-            "loss": ("grpo", "eq. 1"),
+            "loss": ("grpo", "eq. 1, which is printed with a ratio of whole answers; by token as in DeepSeekMath"),
             "scale_rewards": ("group", "eq. 3"),
             "beta": (0.001, "section 2.1"),
+            "mu": (1, "section 2.1: one inner epoch"),
             "lr": (3e-6, "section 2.1"),
             "temperature": (1.0, "section 2.1"),
             "ref_sync_every": (400, "section 2.1: the policy replaces the reference"),
             "ref_sync_mix": (1.0, "section 2.1"),
         },
-        "16 completions a question, 32 questions a step, 32,768 tokens; rewards for accuracy and format",
+        "16 completions a question, 32 questions a step; 8,192 sampled at a time and learned in 16 parts, which --mu "
+        "(whole batches) is not; 32,768 tokens, later 65,536; clip range not stated; rewards for accuracy and format",
     ),
     "dr_grpo": Recipe(
         "Dr. GRPO, arXiv 2503.20783",
         {
             "loss": ("dr_grpo", "section 3.2: a constant instead of the length"),
             "scale_rewards": ("none", "section 3.2"),
-            "beta": (0.0, "the published code"),
-            "lr": (1e-6, "the published code"),
+            "beta": (0.0, "section 3, table 6"),
+            "mu": (1, "table 6"),
+            "temperature": (1.0, "table 6"),
+            "lr": (1e-6, "table 6"),
+            "lr_schedule": ("constant", "table 6"),
+            "adam_beta2": (0.95, "table 6"),
         },
         "8 completions a question, 3,000 tokens",
     ),
@@ -66,7 +72,8 @@ RECIPES: dict[str, Recipe] = {
             "lr": (1e-6, "section 4.1"),
             "lr_schedule": ("constant", "section 4.1"),
         },
-        "add soft_overlong_reward_func to --rewards (eq. 13); 16 completions a prompt, 512 prompts, 16 updates on "
+        "add soft_overlong_reward_func to --rewards (eq. 13); a warm-up over 20 steps; eq. 8 divides by the tokens of "
+        "a group, here by the step's; 16 completions a prompt, 512 prompts, 16 updates on "
         "parts of a batch, which --mu (whole batches) is not; 20,480 tokens, 4,096 of them the buffer; rewards of 1 "
         "and -1",
     ),
@@ -77,7 +84,7 @@ RECIPES: dict[str, Recipe] = {
             "scale_rewards": ("group", "eq. 6"),
             "epsilon_low": (3e-4, "section 5.1"),
             "epsilon_high": (4e-4, "section 5.1"),
-            "beta": (0.0, "left out, as section 2 says"),
+            "beta": (0.0, "section 2 leaves the KL out of the formulas, for brevity; not said to be 0"),
         },
         "4 updates on parts of a batch, which --mu (whole batches) is not",
     ),
@@ -88,15 +95,19 @@ RECIPES: dict[str, Recipe] = {
             "scale_rewards": ("group", "section 3.1"),
             "dynamic_sampling": (8, "section 3.1, after DAPO; no limit in the paper"),
             "beta": (0.0, "section 3.1: no KL"),
+            "adam_beta1": (0.9, "section 3.2"),
+            "adam_beta2": (0.95, "section 3.2"),
+            "adam_epsilon": (1e-15, "section 3.2"),
         },
-        "the bound of the weight is not stated: --epsilon_high (ScaleRL, arXiv 2510.13786: 5); 16 updates on parts of "
-        "a batch; add soft_overlong_reward_func to --rewards",
+        "the bound of the weight is not stated; here it is 1 + --epsilon_high, 1.2 unless you set it (ScaleRL, arXiv "
+        "2510.13786, found bounds of 4, 5 and 8 alike: --epsilon_high 3, 4, 7); eq. 4 divides by the tokens of a "
+        "group, here by the step's; 16 updates on parts of a batch; add soft_overlong_reward_func to --rewards",
     ),
     "sapo": Recipe(
         "SAPO, arXiv 2511.20347",
         {
             "loss": ("sapo", "eq. 5"),
-            "scale_rewards": ("group", "eq. 5"),
+            "scale_rewards": ("group", "as in GRPO"),
             "sapo_temperature_pos": (1.0, "section 5.1"),
             "sapo_temperature_neg": (1.05, "section 5.1"),
             "beta": (0.0, "eq. 5 has no KL"),
@@ -106,23 +117,27 @@ RECIPES: dict[str, Recipe] = {
     "vespo": Recipe(
         "VESPO, arXiv 2602.10693",
         {
-            "loss": ("vespo", "as TRL 1.16 has it"),
-            "vespo_k_pos": (2.0, "TRL 1.16's default"),
-            "vespo_lambda_pos": (3.0, "TRL 1.16's default"),
-            "vespo_k_neg": (3.0, "TRL 1.16's default"),
-            "vespo_lambda_neg": (2.0, "TRL 1.16's default"),
-            "beta": (0.0, "TRL 1.16's default"),
+            "loss": ("vespo", "3rd version: eq. 17 and 20; the mean over tokens as in the published code"),
+            "scale_rewards": ("group", "the published code"),
+            "vespo_k_pos": (2.0, "section 4.1"),
+            "vespo_lambda_pos": (3.0, "section 4.1"),
+            "vespo_k_neg": (3.0, "section 4.1"),
+            "vespo_lambda_neg": (2.0, "section 4.1"),
+            "beta": (0.0, "the published code"),
+            "lr": (1e-6, "the published code"),
         },
-        "settings by TRL's documentation, not checked against the paper",
+        "8 completions a question, 16,384 tokens, 8 updates on parts of a batch, which --mu (whole batches) is not",
     ),
     "gdpo": Recipe(
         "GDPO, arXiv 2601.05242",
         {
-            "loss": ("grpo", "GRPO's objective"),
-            "reward_aggregation": ("normalize_then_sum", "each reward normalised within its group, then the batch"),
-            "scale_rewards": ("group", "the same"),
+            "loss": ("grpo", "eq. 3"),
+            "reward_aggregation": ("normalize_then_sum", "eq. 4 to 6"),
+            "scale_rewards": ("group", "eq. 4"),
+            "lr": (1e-6, "tables 6 and 7"),
         },
-        "made for several --rewards; with one it is GRPO, normalised over the batch once more",
+        "made for several --rewards; with one it is GRPO, normalised over the batch once more; "
+        "the KL differs from task to task, tables 6 and 7",
     ),
 }
 
@@ -130,8 +145,8 @@ RECIPES: dict[str, Recipe] = {
 def settings_of(name: str) -> dict[str, Any]:
     """A recipe's flags.
 
-    >>> settings_of("dr_grpo")
-    {'loss': 'dr_grpo', 'scale_rewards': 'none', 'beta': 0.0, 'lr': 1e-06}
+    >>> settings_of("gdpo")
+    {'loss': 'grpo', 'reward_aggregation': 'normalize_then_sum', 'scale_rewards': 'group', 'lr': 1e-06}
     """
     return {flag: value for flag, (value, _) in RECIPES[name].settings.items()}
 

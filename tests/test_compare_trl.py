@@ -14,7 +14,7 @@ import torch
 
 import grpo_core.step
 from benchmarks import compare_trl
-from benchmarks.parity.cases import FAMILIES, Case, Trace, all_cases, completions
+from benchmarks.parity.cases import FAMILIES, NOT_COMPARED, Case, Trace, all_cases, completions
 from benchmarks.parity.compare import BOUNDS, LEAST_MOVED, differences, moved, over_bound, relative
 from grpo_core.config import LOSSES
 from grpo_core.recipes import settings_of
@@ -92,7 +92,7 @@ def test_every_recipe_is_trls_in_every_stage(case: Case, folder: Path) -> None:
 
     config = ours.configuration(case, folder)
     for name, value in settings_of(case.fields["recipe"]).items():
-        if name not in ("lr", "lr_schedule", "dynamic_sampling", "mu", "ref_sync_every"):
+        if name not in (*NOT_COMPARED, "ref_sync_every"):
             assert getattr(config, name) == value
     their_trace = theirs.run(case, config, folder)
     assert over(measured(case, folder, their_trace)) == set()

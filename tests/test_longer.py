@@ -97,14 +97,18 @@ def test_fewer_steps_than_are_done_are_refused(model: Path, tmp_path: Path) -> N
     assert contents(run) == before
 
 
-def test_a_kill_before_the_new_end_is_written_leaves_the_old_run(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("after", "steps"), [(False, STEPS), (True, MORE)], ids=["before", "after"])
+def test_a_kill_when_the_new_end_is_written_leaves_the_old_run_or_the_longer_one(
+    after: bool, steps: int, model: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     assert ended(command(model, run)).code == 0
     weights = (run / "final" / "model.safetensors").read_bytes()
-    killed = ended(["--resume", str(run), *TWICE], partial(on_call, sft_core.run.longer, "write_text", 1, dies))
+    killed = ended(["--resume", str(run), *TWICE], partial(on_call, sft_core.run.longer, "write_text", 1, dies, after))
     assert killed.code == 9, killed.text
     assert ended(["--resume", str(run), "--no_progress"]).code == 0
-    assert max(rates(run)) == STEPS and (run / "final" / "model.safetensors").read_bytes() == weights
+    assert max(rates(run)) == steps
+    assert ((run / "final" / "model.safetensors").read_bytes() == weights) == (steps == STEPS)
 
 
 def full() -> None:

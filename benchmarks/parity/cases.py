@@ -161,11 +161,23 @@ def all_cases() -> list[Case]:
     return [*cases, *(recipe_case(name, family) for name in RECIPES for family in FAMILIES)]
 
 
+# Of a recipe: the optimizer's settings, for the cases have their own (`ours`), and what is no part of the objective.
+NOT_COMPARED = (
+    "lr",
+    "lr_schedule",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "dynamic_sampling",
+    "mu",
+    "temperature",
+)
+
+
 def recipe_case(name: str, family: Family) -> Case:
-    """A paper's recipe on two updates of each rollout; its learning rate and its sampling of further prompts left out,
-    which are no part of the objective."""
+    """A paper's objective on two updates of each rollout."""
     values = {"epsilon_low": 0.2, "epsilon_high": 0.2, **settings_of(name)}
-    for flag in ("lr", "lr_schedule", "dynamic_sampling", "mu", "temperature"):
+    for flag in NOT_COMPARED:
         values.pop(flag, None)
     if values.get("ref_sync_every"):
         values["ref_sync_every"] = 2  # within the steps of a case
