@@ -209,7 +209,7 @@ def test_the_command_prints_its_tables_and_fails_when_a_bound_is_broken(
 
     monkeypatch.setattr(declared, "MEASURES", [declared.cispo_bound, declared.advantage_of_equal_rewards])
     file = tmp_path / "table.md"
-    argv = ["--every", "300", "--output", str(file)]  # two cases
+    argv = ["--every", "400", "--output", str(file)]  # two cases
     assert compare_trl.main(argv) == 0
     printed = capsys.readouterr().out
     assert file.read_text() == printed
