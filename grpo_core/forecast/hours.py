@@ -82,4 +82,4 @@ def hours_line(config: GRPOConfig, source: Source | None, lengths: Lengths, step
         found = least_hours(config, shapes, half, lengths, ceilings, steps, evaluations, config.eval_problems)
     except Exception as error:  # whatever a model of another kind lacks
         return f"no forecast for this model ({type(error).__name__}: {str(error)[:100]})"
-    return f"{found}; {here.name}, completions of {lengths.completion} tokens"
+    return f"{found}; {here.name}, as busy as it is now, completions of {lengths.completion} tokens"
