@@ -43,7 +43,8 @@ RECIPES: dict[str, Recipe] = {
             "ref_sync_mix": (1.0, "section 2.1"),
         },
         "16 completions a question, 32 questions a step; 8,192 sampled at a time and learned in 16 parts, which --mu "
-        "(whole batches) is not; 32,768 tokens, later 65,536; clip range not stated; rewards for accuracy and format",
+        "(whole batches) is not; 32,768 tokens, later 65,536; clip range not stated (R1's first stage: 10); rewards "
+        "for accuracy and format",
     ),
     "dr_grpo": Recipe(
         "Dr. GRPO, arXiv 2503.20783",
