@@ -47,9 +47,9 @@ class Question:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def fits(self) -> str:
+    def fits(self) -> bool:
         """A GPU's allocator loses some to fragments, which the forecast leaves out."""
-        return "yes" if self.plan.peak <= 0.95 * self.where.memory else "NO, or barely"
+        return self.plan.peak <= 0.95 * self.where.memory
 
     @property
     def half(self) -> bool:
@@ -63,7 +63,7 @@ class Question:
 def answer(question: Question) -> str:
     """The whole answer, as Markdown."""
     forecast, where = question.plan, question.where
-    fits = "fits" if question.fits == "yes" else "does NOT fit, or barely"
+    fits = "fits" if question.fits else "does NOT fit, or barely"
     lengths = f"prompts of {question.lengths.prompt} tokens, completions of {question.lengths.completion}"
     parts = [
         f"{where.name}, {question.precision}, {lengths}",
@@ -153,7 +153,8 @@ def every_gpu(config: GRPOConfig, prompt_tokens: int, completion_tokens: int) ->
     for name in GPUS:
         question = question_of(config, name, prompt_tokens, completion_tokens)
         hours, where = hours_of(question), question.where
-        sizes = [f"{where.memory / GB:.1f} GB", f"{question.plan.peak / GB:.1f} GB", question.fits]
+        fits = "yes" if question.fits else "NO, or barely"
+        sizes = [f"{where.memory / GB:.1f} GB", f"{question.plan.peak / GB:.1f} GB", fits]
         whole = duration(hours.total) if hours.steps else "unknown: --max_steps"
         rows.append([where.name, question.precision, *sizes, f"{hours.step:.3g}", whole])
     least = "The least times, by arithmetic and memory traffic alone, for completions that use up their budget"
