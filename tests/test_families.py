@@ -9,22 +9,22 @@ from benchmarks.families.__main__ import main, row, summary
 from benchmarks.families.build import small_config, small_model
 from benchmarks.families.judge import BOUND, Verdict, judged
 
-RECURRENT = ["packing", "prefill", "leaving"]
+RECURRENT = ["segments", "packing", "prefill", "leaving"]
 KINDS = {  # what is without which shortcuts
     "llama": [],
     "gpt2": [],  # learned positions
     "granite": [],  # a scale behind the head that is known
     "cohere": ["head"],  # one that is not
-    "gptj": ["packing"],
-    "bloom": ["packing"],  # ALiBi
-    "mixtral": RECURRENT,  # mixture of experts; sliding windows, as here, are not cut by a mask
+    "gptj": ["segments", "packing"],
+    "bloom": ["segments", "packing"],  # ALiBi
+    "mixtral": ["prefill", "leaving"],  # mixture of experts; sliding windows, as here, are no obstacle to segments
     "deepseek_v3": [],  # latent attention, mixture of experts
-    "gemma2": RECURRENT,  # sliding windows in every other layer, a cap behind the head
+    "gemma2": RECURRENT,  # a cap within attention, which has a function of its own; sliding windows
     "qwen3_5_text": RECURRENT,  # linear attention
     "lfm2": RECURRENT,  # convolutions
     "mamba": RECURRENT,  # state space
     "jamba": RECURRENT,  # state space, attention and experts
-    "recurrent_gemma": ["packing", "head", "prefill", "leaving", "padding"],  # its state reads padding
+    "recurrent_gemma": ["segments", "packing", "head", "prefill", "leaving", "padding"],  # its state reads padding
     "rwkv": [*RECURRENT, "padding", "cache"],
 }
 

@@ -37,7 +37,7 @@ ENDINGS = ("often", "at once", "never")
 
 
 def quick(policy: Policy, share: bool, leave: bool) -> Policy:
-    return replace(policy, share_prompts=share, prefill=share, rows_leave=leave)
+    return replace(policy, layout="sequence" if share else "rows", prefill=share, rows_leave=leave)
 
 
 def ending(policy: Policy, how: str) -> Policy:
@@ -82,7 +82,7 @@ def test_every_way_to_sample_records_the_learners_logprobs(
     samples = drawn(quick(policy, share, leave), PROMPTS[prompts], Sampling(8, temperature=0.7))
     assert [prompt for prompt, _ in completions(samples)] == PROMPTS[prompts]
     with torch.no_grad():
-        learned_NT, _ = token_logprobs(replace(policy, share_prompts=False), samples.rows, 0.7)
+        learned_NT, _ = token_logprobs(replace(policy, layout="rows"), samples.rows, 0.7)
     torch.testing.assert_close(samples.logp_NT, learned_NT, rtol=0, atol=1e-5)
     assert (samples.logp_NT[~samples.rows.mask_NT] == 0).all()
 
@@ -110,7 +110,7 @@ def frequency_gaps(policy: Policy, prompts: Prompts, draws: int, budget: int) ->
     for prompt, count in zip(prompts, counts, strict=True):
         rows = pack_rows([prompt] * len(possible), possible, policy.pad_id)
         with torch.no_grad():
-            p = token_logprobs(replace(policy, share_prompts=False), rows, 0.9)[0].sum(dim=1).exp()
+            p = token_logprobs(replace(policy, layout="rows"), rows, 0.9)[0].sum(dim=1).exp()
         assert float(p.sum()) == pytest.approx(1, abs=1e-5)
         gaps.append((count - draws * p) / (draws * p * (1 - p) + 1).sqrt())
     return torch.stack(gaps)
@@ -183,7 +183,7 @@ def test_a_model_that_does_not_attend_to_everything_is_sampled_in_one_plain_call
     window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0} if windows else {}
     tiny_policy(**window).save(tmp_path)
     policy = ends_often(load_policy(ModelConfig(model=str(tmp_path), device="cpu", precision="float32")))
-    assert policy.share_prompts == policy.rows_leave == (not windows)
+    assert policy.layout == "sequence" and policy.prefill == policy.rows_leave == (not windows)
     with forward_calls(policy.model) as calls:
         samples = drawn(policy, PROMPTS["groups"], Sampling(8))
     plain = [(12, 7), *[(12, 1)] * (samples.rows.completion_NT.shape[1] - 1)]

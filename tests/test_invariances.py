@@ -143,7 +143,7 @@ def test_the_number_of_logits_at_once_changes_nothing(case: str) -> None:
 @cases
 @families
 def test_encoding_each_prompt_once_changes_nothing(case: str, family: Family) -> None:
-    alone = replace(policy_of(family), share_prompts=False)
+    alone = replace(policy_of(family), layout="rows")
     expected = outcome(alone, config_of(case), samples_of(family))
     assert_equal(outcome(policy_of(family), config_of(case), samples_of(family)), expected)
 

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[[], Policy], dict[str, Any]]] = {
     "as it comes": (lambda: poisoned(), {}),
     "infinity": (lambda: poisoned(value=INF), {}),
     "absolute positions": (lambda: poisoned("gpt2"), {}),
-    "prompts not shared": (lambda: replace(poisoned(), share_prompts=False), {}),
+    "prompts not shared": (lambda: replace(poisoned(), layout="rows"), {}),
     "micro-batches": (lambda: poisoned(), {"micro_batch": 2}),
     "a reference, two updates": (lambda: poisoned(), {"beta": 0.1, "mu": 2}),
     "LoRA": (lambda: adapted(poisoned()), {}),
@@ -123,7 +123,7 @@ def test_the_rows_that_hold_the_poison_are_named_and_no_other_and_nothing_moves(
 
 def test_a_neighbour_that_is_lost_in_the_same_pass_only_is_not_named() -> None:
     """Why rows are learned one by one: of completions packed behind one prompt, one that is NaN makes all NaN."""
-    policy = poisoned()
+    policy = replace(poisoned(), layout="groups")
     rows = groups(policy, holding=(1,)).cut(0, 3)
     assert rows.completion_ids()[0] != rows.completion_ids()[1]
     optimizer = Optimizer(policy, OptimConfig(), 10)

@@ -156,23 +156,25 @@ def test_keys_and_values_are_8_bytes_a_row_token_layer_and_width() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, [(22, 22, 16), (22, 22, 16)]),  # a group's prompt once: 6 + 4 * 4
-        ({"micro_batch": 8}, [(44, 22, 32)]),
-        ({"micro_batch": 3}, [(18, 18, 12), (28, 14, 12), (14, 14, 8)]),  # a micro-batch across two groups
-        ({"micro_batch": 3, "share_prompts": False}, [(30, 10, 12), (30, 10, 12), (20, 10, 8)]),
+        ({}, [(22, 40, 16), (22, 40, 16)]),  # a group's prompt once: 6 + 4 * 4; in attention with each: 4 * (6 + 4)
+        ({"micro_batch": 8}, [(44, 80, 32)]),
+        ({"micro_batch": 3}, [(18, 30, 12), (24, 30, 12), (14, 20, 8)]),  # a micro-batch across two groups
+        ({"micro_batch": 3, "share_prompts": False}, [(30, 30, 12), (30, 30, 12), (20, 20, 8)]),
     ],
 )
 def test_micro_batches_are_packed_as_the_learner_packs_them(values: Any, expected: list[tuple[int, int, int]]) -> None:
     batches = micro_batches(small(**values), ROUND, LENGTHS)
-    assert [(batch.tokens, batch.width, batch.predicted) for batch in batches] == expected
+    assert [(batch.tokens, batch.attended, batch.predicted) for batch in batches] == expected
 
 
 def test_checkpointing_keeps_the_stream_alone() -> None:
-    batch = Batch(tokens=22, width=22, predicted=16, packed=True)
+    batch = Batch(tokens=22, attended=40, width=10, predicted=16, apart=True)
     assert kept_bytes(small(gradient_checkpointing=True), ROUND, False, batch) == 2 * 22 * 4 * 10
-    # float32: four of the norms' tensors, two shared inputs, queries, result, keys and values at the queries' width,
-    # the mask's row, log-sum-exps, four of the MLP's.
-    assert kept_bytes(small(), ROUND, False, batch) == 2 * 22 * 4 * (40 + 20 + 20 + 20 + 22 + 2 + 160)
+    # float32: four of the norms' tensors, two shared inputs, the result, four of the MLP's; in attention, with the
+    # prompt in each row, queries, result, keys, values and log-sum-exps.
+    assert kept_bytes(small(), ROUND, False, batch) == 2 * 4 * (
+        22 * (40 + 20 + 10 + 160) + 40 * (20 + 2 * ROUND.keys + 2)
+    )
 
 
 def test_logits_are_counted_by_the_chunk() -> None:

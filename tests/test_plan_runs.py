@@ -22,6 +22,9 @@ from grpo_core.forecast.machine import GPUS, Ceilings, machine, measured
 from grpo_core.forecast.memory import GB, Batch, forecast, kept_bytes
 from grpo_core.forecast.roofline import Phase, decode, phases, prefill
 from sft_core.config import ModelConfig
+from sft_core.learn.layout import pack
+from sft_core.learn.rows import pack_rows
+from sft_core.model.segments import attending_by, layouts
 from sft_core.model.shapes import shapes_of
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
@@ -71,13 +74,15 @@ def test_named_lora_targets_are_the_ones_that_count(folder: Path) -> None:
 
 @as_measured
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_activations_are_what_autograd_saves(family: Any, packed: bool, half: bool, tmp_path: Path) -> None:
+def test_activations_are_what_autograd_saves(family: Any, apart: bool, half: bool, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     shapes = shapes_of(*source_of(tmp_path))
-    R, L = 2, 60
+    rows = pack_rows([[5] * 40] * 4 + [[6] * 40] * 4, [[7] * 20] * 8, pad_id=0)
+    packed = pack(rows, layouts(model)[0] if apart else "rows")
+    inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -87,11 +92,10 @@ def test_activations_are_what_autograd_saves(family: Any, packed: bool, half: bo
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used twice
         return tensor
 
-    mask = torch.ones(R, 1, L, L, dtype=torch.bool).tril() if packed else torch.ones(R, L, dtype=torch.long)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        model.base_model(input_ids=torch.ones(R, L, dtype=torch.long), attention_mask=mask, use_cache=False)
-    predicted = kept_bytes(small(), shapes, half, Batch(R * L, L, 0, packed))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, attending_by(packed.segments):
+        model.base_model(**inputs, use_cache=False)
+    predicted = kept_bytes(small(), shapes, half, Batch(packed.ids_RL.numel(), 8 * 60, 60, 0, apart))
     assert predicted == pytest.approx(sum(size for size, _ in saved.values()), rel=0.15)
 
 
@@ -171,10 +175,10 @@ def test_a_phase_takes_as_long_as_what_it_waits_for() -> None:
 def test_phases_by_hand() -> None:
     found = phases(small(mu=3), ROUND, False, LENGTHS)
     assert set(found) == {"prefill", "decode", "learner", "optimizer"}
-    assert found["prefill"] == Phase(2 * 6 * (2 * 2 * 700 + 2 * 4 * 10 * 6), 4 * 1400)
+    assert found["prefill"] == Phase(2 * 6 * (2 * 2 * 700 + 2 * 4 * 10 * 3), 4 * 1400)  # each looks at 3 on average
     assert found["decode"].flops == 4 * 8 * (2 * 2 * 700 + 2 * 4 * 10 * 8 + 2 * 10_000)
     assert found["decode"].bytes == 4 * (4 * 11_400 + 6 * 4 * 8 * 1000 + 2 * 4 * 5 * 2 * 8 * 8)
-    layers, head = 44 * (2 * 2 * 700 + 2 * 4 * 10 * 22), 32 * 2 * 10_000
+    layers, head = 44 * 2 * 2 * 700 + 80 * 2 * 4 * 10 * 5, 32 * 2 * 10_000  # attention: 8 rows of 10
     assert found["learner"].flops == 3 * (3 * layers + 4 * head)
     assert phases(small(gradient_checkpointing=True), ROUND, False, LENGTHS)["learner"].flops == 4 * layers + 4 * head
     assert phases(small(beta=0.1), ROUND, False, LENGTHS)["reference"].flops == layers + head

@@ -28,11 +28,12 @@ from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, tiny_policy
 
-SHORTCUTS = ("share_prompts", "split_head", "prefill", "rows_leave")
+SHORTCUTS = {"segments", "groups", "split_head", "prefill", "rows_leave"}
 
 
 def on(policy: Policy) -> set[str]:
-    return {name for name in SHORTCUTS if getattr(policy, name)}
+    layouts = {"sequence": {"segments", "groups"}, "groups": {"groups"}, "rows": set()}[policy.layout]
+    return layouts | {name for name in SHORTCUTS - {"segments", "groups"} if getattr(policy, name)}
 
 
 def wrapped(module: Any, change: Callable[..., Any]) -> None:
@@ -56,7 +57,7 @@ def test_a_healthy_model_keeps_every_shortcut_and_nothing_is_said(
     family: Family, precision: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = tiny_policy(family, precision=precision)
-    assert trusted(policy) == policy and on(policy) == set(SHORTCUTS)
+    assert trusted(policy) == policy and on(policy) == SHORTCUTS
     assert capsys.readouterr() == ("", "")
 
 
@@ -87,7 +88,7 @@ def test_a_head_with_a_hidden_scale_is_found_and_the_whole_models_logits_are_tak
 
     wrapped(policy.model, scaled)
     found = trusted(policy)
-    assert on(found) == {"share_prompts", "prefill", "rows_leave"} and agrees(found) and not agrees(policy)
+    assert on(found) == SHORTCUTS - {"split_head"} and agrees(found) and not agrees(policy)
     said = capsys.readouterr().err
     assert said.startswith("learner without the output head by itself: ") and said.count("\n") == 1
     assert "nats off" in said
@@ -104,8 +105,21 @@ def test_a_model_that_ignores_position_ids_reads_rows_apart() -> None:
     assert on(found) == {"split_head", "prefill", "rows_leave"} and agrees(found) and not agrees(policy)
 
 
-def test_a_model_that_ignores_masks_of_four_dimensions_reads_rows_apart() -> None:
+def test_a_model_whose_attention_is_not_taken_apart_gets_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
     policy = tiny_policy()
+
+    def unregistered(real: Any, *args: Any, **kwargs: Any) -> Any:
+        policy.model.config._attn_implementation = "sdpa"
+        return real(*args, **kwargs)
+
+    wrapped(backbone_and_head(policy.model)[0], unregistered)
+    found = trusted_learner(policy)
+    assert on(found) == SHORTCUTS - {"segments"} and agrees(found) and not agrees(policy)
+    assert capsys.readouterr().err.startswith("learner without attention by segments: ")
+
+
+def test_a_model_that_ignores_masks_of_four_dimensions_reads_rows_apart() -> None:
+    policy = replace(tiny_policy(), layout="groups")
 
     def causal_alone(real: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         four = attention_mask is not None and attention_mask.dim() == 4
@@ -124,14 +138,14 @@ def test_a_cache_that_cannot_be_selected_from_is_left_to_generate(
 
     monkeypatch.setattr(DynamicCache, "batch_select_indices", cannot)
     found = trusted_sampler(tiny_policy())
-    assert on(found) == {"share_prompts", "split_head"}
+    assert on(found) == {"segments", "groups", "split_head"}
     assert "AttributeError" in capsys.readouterr().err
 
 
 def test_a_cache_that_selects_the_wrong_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = DynamicCache.batch_select_indices
     monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda cache, rows: real(cache, torch.zeros_like(rows)))
-    assert on(trusted_sampler(tiny_policy())) == {"share_prompts", "split_head"}
+    assert on(trusted_sampler(tiny_policy())) == {"segments", "groups", "split_head"}
 
 
 def test_a_sampler_that_notes_the_log_probabilities_of_another_temperature_is_refused(
@@ -211,7 +225,7 @@ def test_a_model_that_reads_its_padding_gets_prompts_of_one_length_at_a_time() -
 
     wrapped(policy.model, unmasked)
     found = trusted_sampler(policy)
-    assert on(found) == {"share_prompts", "split_head"} and found.cached and not found.pads
+    assert on(found) == {"segments", "groups", "split_head"} and found.cached and not found.pads
 
 
 def test_completions_of_prompts_of_one_length_at_a_time_are_those_of_each_prompt_alone() -> None:

@@ -93,7 +93,7 @@ def gpt2_policy(vocabulary: int = 5, seed: int = 0) -> Policy:
 
 def as_policy(model: Any) -> Policy:
     precision = pick_precision("float32", torch.device("cpu"))
-    return Policy(model.eval(), None, precision, (EOS,), EOS, share_prompts=False)  # the table reads prefixes
+    return Policy(model.eval(), None, precision, (EOS,), EOS, layout="rows")  # the table reads prefixes
 
 
 def moved(policy: Policy, distance: float, seed: int = 1) -> Policy:

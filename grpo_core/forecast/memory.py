@@ -50,13 +50,20 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-batch sends through the learner: `tokens` through the layers in rows of `width`, of which the head
-    sees `predicted`."""
+    """What one micro-batch sends through the learner: `tokens` through the layers, of which the head sees `predicted`;
+    attention sees `attended`, in rows of `width`: more where it takes one sequence `apart`, each completion with its
+    prompt."""
 
     tokens: int
+    attended: int
     width: int
     predicted: int
-    packed: bool
+    apart: bool
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key that it looks at: all before it."""
+        return self.attended * self.width / 2
 
 
 @dataclass(frozen=True)
@@ -128,17 +135,14 @@ def plan(config: GRPOConfig, shapes: Shapes, half: bool, kind: str, lengths: Len
 
 
 def micro_batches(config: GRPOConfig, shapes: Shapes, lengths: Lengths) -> list[Batch]:
-    """The step's rows as the learner packs them: where prompts are shared, one row for each group."""
+    """The step's rows as the learner lays them out: where prompts are shared, each prompt once."""
     rows, P, T = config.prompts_per_step * config.group_size, lengths.prompt, lengths.completion
     batches = []
     for start in range(0, rows, config.micro_batch):
         count = min(config.micro_batch, rows - start)
-        groups = [row // config.group_size for row in range(start, start + count)]
-        if not (config.share_prompts and shapes.packs):
-            groups = list(range(count))
-        most = max(groups.count(group) for group in set(groups))
-        width = P + most * T
-        batches.append(Batch(len(set(groups)) * width, width, count * T, packed=most > 1))
+        shared = config.share_prompts and shapes.packs
+        groups = len({row // config.group_size for row in range(start, start + count)}) if shared else count
+        batches.append(Batch(groups * P + count * T, count * (P + T), P + T, count * T, shared))
     return batches
 
 
@@ -230,11 +234,11 @@ def _layer_kept(shapes: Shapes, half: bool, batch: Batch) -> float:
     if shapes.head_norms:
         norms += (SINGLE + size) * (Q + K)
     inputs = (5 if shapes.rms else 2) * D if half else 2 * D
-    keys = Q if batch.packed else K  # under a mask of its own each query head gets its copy of keys and values
-    attention = 2 * Q + 2 * keys + (batch.width if batch.packed else 0) + SINGLE * shapes.heads / size
+    attention = batch.attended * (2 * Q + 2 * K + SINGLE * shapes.heads / size)
+    attention += batch.tokens * Q if batch.apart else 0  # the result, put together again
     mlp = (4 if shapes.gated else 5) * inner
     casts = HALF * shapes.layer if half else 0
-    return batch.tokens * (norms + size * (inputs + attention + mlp)) + casts
+    return batch.tokens * (norms + size * (inputs + mlp)) + size * attention + casts
 
 
 def head(config: GRPOConfig, shapes: Shapes, half: bool, batch: Batch, learning: bool) -> Items:

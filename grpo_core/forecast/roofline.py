@@ -47,10 +47,10 @@ def phases(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> 
     batches = micro_batches(config, shapes, lengths)
     if config.beta:
         halved = half and config.half_copies and not shapes.adapter and not config.ref_sync_every
-        found["reference"] = _total(forward(shapes, half, halved, b.tokens, b.width, b.predicted) for b in batches)
+        found["reference"] = _total(forward(shapes, half, halved, b.tokens, b.pairs, b.predicted) for b in batches)
     learner = _total(_learned(config, shapes, half, b) for b in batches) * config.mu
     if config.top_entropy < 1:
-        learner += _total(forward(shapes, half, False, b.tokens, b.width, b.predicted) for b in batches)
+        learner += _total(forward(shapes, half, False, b.tokens, b.pairs, b.predicted) for b in batches)
     found["learner"] = learner
     found["optimizer"] = Phase(0, ADAMW * sum(shapes.trained)) * config.mu
     return found
@@ -59,7 +59,7 @@ def phases(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> 
 def prefill(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> Phase:
     """The prompts, each once where they are shared."""
     read = config.prompts_per_step * (1 if config.share_prompts else config.group_size) * lengths.prompt
-    return forward(shapes, half, config.half_copies, read, lengths.prompt, 0)
+    return forward(shapes, half, config.half_copies, read, read * lengths.prompt / 2, 0)
 
 
 def decode(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> Phase:
@@ -67,15 +67,15 @@ def decode(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> 
     keys and values."""
     rows = config.prompts_per_step * config.group_size
     width = lengths.prompt + lengths.completion / 2  # on average
-    token = forward(shapes, half, config.half_copies, rows, width, rows)
+    token = forward(shapes, half, config.half_copies, rows, rows * width, rows)
     cache = 2 * SINGLE * shapes.keys * shapes.layers * rows * width
     return (token + Phase(0, cache)) * lengths.completion
 
 
-def forward(shapes: Shapes, half: bool, halved: bool, tokens: int, width: float, predicted: int) -> Phase:
-    """`tokens` through the layers, each looking at up to `width` others, and `predicted` of them through the head.
+def forward(shapes: Shapes, half: bool, halved: bool, tokens: int, pairs: float, predicted: int) -> Phase:
+    """`tokens` through the layers, `pairs` of a query and a key through attention, `predicted` tokens through the head.
     `halved`: the matrices are kept in half precision; else autocast reads, writes and reads them again."""
-    layers = shapes.layers * (2 * shapes.layer + 4 * shapes.queries * width) * tokens
+    layers = shapes.layers * (2 * shapes.layer * tokens + 4 * shapes.queries * pairs)
     matrices = shapes.layers * shapes.layer + (shapes.head if predicted else 0)
     logits = LOGIT_PASSES * SINGLE * predicted * shapes.vocab
     return Phase(layers + 2 * shapes.head * predicted, _weight_bytes(half, halved) * matrices + logits)
@@ -92,8 +92,8 @@ def _learned(config: GRPOConfig, shapes: Shapes, half: bool, batch: Batch) -> Ph
     """Forward and backward of a micro-batch. A backward pass is two products for each of the forward pass, one for the
     gradient of the input and one for that of the weight; a frozen weight needs the first alone. What is recomputed is a
     forward pass more: the layers with checkpointing, the head where its logits come in chunks."""
-    layers = forward(shapes, half, False, batch.tokens, batch.width, 0)
-    whole = forward(shapes, half, False, batch.tokens, batch.width, batch.predicted)
+    layers = forward(shapes, half, False, batch.tokens, batch.pairs, 0)
+    whole = forward(shapes, half, False, batch.tokens, batch.pairs, batch.predicted)
     head = Phase(whole.flops - layers.flops, whole.bytes - layers.bytes)
     backward = 1 if shapes.adapter else 2
     passes = layers * (1 + backward + config.gradient_checkpointing) + head * (1 + backward + bool(config.logit_chunk))

@@ -24,6 +24,7 @@ from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
+from sft_core.model.segments import Layout, layouts
 from sft_core.precision import Precision
 
 # Nats by which a token's log-probability may differ: some hundred roundings of the arithmetic in use, at logits of
@@ -37,6 +38,10 @@ TEMPERATURE = 0.8  # not 1, at which one that is forgotten changes nothing
 # Lengths in tokens of two groups: short, because each token takes time. With prompts of 5 and 2 the padding of Moshi's
 # shape goes unnoticed, with two drawn tokens (eval/trust.py) Zamba2's.
 PROMPTS, COMPLETIONS = (13, 3), ((1, 2), (2,))
+
+
+HEAD = "the output head by itself"
+LACKING = {"groups": "attention by segments", "rows": "prompts encoded once a group"}
 
 
 class Way(NamedTuple):
@@ -53,13 +58,10 @@ def trusted_learner(policy: Policy) -> Policy:
     Raises:
         Refused: none of the ways to score tokens does, or dropout is on.
     """
-    apart, whole = replace(policy, share_prompts=False), replace(policy, split_head=False)
-    ways = [
-        Way(policy),
-        Way(whole, "the output head by itself"),
-        Way(apart, "prompts encoded once a group"),
-        Way(replace(apart, split_head=False), "the output head by itself and prompts encoded once a group"),
-    ]
+    ways = []
+    for layout, lacking in plainer_layouts(policy):
+        way = replace(policy, layout=layout)
+        ways += [Way(way, lacking), Way(replace(way, split_head=False), " and ".join(filter(None, (HEAD, lacking))))]
     rows = probe_rows(policy)
     with torch.no_grad(), undisturbed(policy):
         truth_NT = plain_logprobs(policy, rows, TEMPERATURE, together=True)
@@ -76,6 +78,12 @@ def trusted_learner(policy: Policy) -> Policy:
                 first_that_agrees(ways, "learner", apart_by)  # or the mode is not what is wrong
                 raise Refused(f"{error}. In eval mode it does: there is dropout that cannot be switched off") from None
             raise
+
+
+def plainer_layouts(policy: Policy) -> list[tuple[Layout, str]]:
+    """The policy's layout and the slower ones, each with what it does without."""
+    usable = layouts(policy.model)
+    return [(each, LACKING[each] if each != policy.layout else "") for each in usable[usable.index(policy.layout) :]]
 
 
 def refuse_gap(mean_gap: float, policy: Policy) -> None:

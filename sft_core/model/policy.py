@@ -20,6 +20,7 @@ from sft_core.errors import refused
 from sft_core.model import tiny
 from sft_core.model.allocator import keep_freed_memory
 from sft_core.model.half import halve
+from sft_core.model.segments import Layout, layouts
 from sft_core.model.source import Source, find_source
 from sft_core.precision import Precision, pick_device, pick_precision
 
@@ -40,8 +41,8 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
-    share_prompts: bool = True  # the learner encodes the prompt of consecutive rows once
-    prefill: bool = True  # so does the sampler
+    layout: Layout = "groups"  # how the learner lays out rows (sft_core.model.segments)
+    prefill: bool = True  # the sampler, too, encodes the prompt of consecutive rows once
     split_head: bool = True  # logits are head(backbone), of the tokens that are scored alone
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
     rows_leave: bool = True  # completions that have ended leave the batch while it is sampled
@@ -156,28 +157,20 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
             halve(model, precision.autocast_dtype, trained=False)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     model = model.eval() if config.use_4bit else model.to(device).eval()
-    divisible = attends_to_everything(model.config)
+    usable = layouts(model)
+    divisible = "groups" in usable  # to one prompt and one completion, by a mask or a choice of rows
     return Policy(
         model,
         tokenizer,
         precision,
         eos_ids,
         pad_id,
-        share_prompts=config.share_prompts and divisible,
+        layout=usable[0] if config.share_prompts else "rows",
         prefill=config.share_prompts and divisible,
         logit_chunk=config.logit_chunk,
         rows_leave=config.rows_leave and divisible,
         half_copies=config.half_copies,
     )
-
-
-def attends_to_everything(config: Any) -> bool:
-    """Whether every layer is attention over the whole text, which a mask can cut to one prompt and one completion: not
-    so with sliding windows, recurrent states or convolutions."""
-    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
-    # Not asked by hasattr, which raises where layers differ in their number of heads.
-    attends = "num_attention_heads" in {*dir(config), *config.attribute_map}
-    return attends and all(kind.startswith("full") for kind in kinds)
 
 
 def end_of_sequence_ids(tokenizer: Any, source: Source) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.bugs.mutation import Mutation
 
 ROWS, LOGPROBS, STEP = "tests/test_rows.py::", "tests/test_logprobs.py::", "tests/test_step.py::"
-PACKING = "tests/test_packing.py::"
+PACKING, SEGMENTS = "tests/test_packing.py::", "tests/test_segments.py::"
 OBJECTIVE, SAMPLING, SFT = "tests/test_objective.py::", "tests/test_sampling.py::", "tests/test_sft.py::"
 
 STEP_REWARDS = "tests/test_step_rewards.py::"
@@ -65,7 +65,7 @@ BUGS = [
     Mutation(
         4,
         "completions that share a prompt see one another",
-        "sft_core/learn/logprobs.py",
+        "sft_core/learn/layout.py",
         "(causal & ((key == 0) | (key == query)))",
         "(causal & (key >= 0))",
         "Each completion is scored as if the ones packed before it had been said: what is learned is far from what was "
@@ -75,12 +75,31 @@ BUGS = [
     Mutation(
         4,
         "positions go on counting through the group",
-        "sft_core/learn/logprobs.py",
+        "sft_core/learn/layout.py",
         "positions.append([*range(P), *(P + t for completion in completions for t in range(len(completion)))])",
         "positions.append([*range(len(ids[-1]))])",
         "Every completion but the first seems to stand far behind its prompt: right for the first row of a group, "
         "wrong for the others.",
         (f"{PACKING}test_sharing_prompts_leaves_logprobs_and_gradient_unchanged",),
+    ),
+    Mutation(
+        4,
+        "positions go on counting through the sequence",
+        "sft_core/learn/layout.py",
+        "positions += range(P, P + len(completion))",
+        "positions += range(len(positions), len(positions) + len(completion))",
+        "Every completion but the first seems to stand far behind its prompt, further than the model was ever trained.",
+        (f"{SEGMENTS}test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart",),
+    ),
+    Mutation(
+        4,
+        "a sliding window that attention by segments forgets",
+        "sft_core/model/segments.py",
+        "None if torch.equal(allowed, at[:, None] >= at[None, :]) else allowed",
+        "None",
+        "Short texts are right. Completions longer than the window are learned under another model than the one that "
+        "sampled them.",
+        (f"{SEGMENTS}test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart",),
     ),
     Mutation(
         4,

@@ -1,0 +1,171 @@
+"""Attention by segments: rows lie one behind the other in a single sequence, and only attention takes them apart.
+
+    ids         q  q  q  a  b  e  c  e  p  p  d  e     a b e and c e answer q q q, d e answers p p
+    position    0  1  2  3  4  5  3  4  0  1  2  3     each completion continues after its prompt
+
+All layers but attention see this sequence as it is, each token once and no padding. Attention is computed for the rows
+q q q a b e, q q q c e and p p d e: causal, so no mask is needed, and nothing is computed that a mask would hide. Memory
+grows with the number of tokens, and the cost of attention with the square of a row's length, not of a group's.
+
+transformers has a public place for attention functions (`AttentionInterface`, `AttentionMaskInterface`). What is put
+there hands everything but such sequences on to its own function for `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+# How the learner lays out a micro-batch, the fastest first. "sequence": as drawn above. "groups": a row for each prompt
+# with all its completions, which a mask hides from one another. "rows": one for each completion, with padding.
+Layout = Literal["sequence", "groups", "rows"]
+
+NAME = "segments"
+# Rows of unlike lengths share a call, the shorter ones padded, as long as a row wastes fewer (query, key) pairs than
+# this: their attention takes about as long as a call of its own.
+WASTE = 128**2
+
+
+class Row(NamedTuple):
+    """A row by its pieces of the sequence: a completion's prompt and its own tokens, or all of it in one piece."""
+
+    prompt: int
+    completion: int | None = None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A sequence cut into pieces of these `lengths`, and the rows that they form, in batches, the longest row first."""
+
+    lengths: tuple[int, ...]
+    batches: tuple[tuple[Row, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        return max(length(batch[0], self.lengths) for batch in self.batches)
+
+
+def length(row: Row, lengths: Sequence[int]) -> int:
+    """Of a row, in tokens."""
+    return lengths[row.prompt] + (0 if row.completion is None else lengths[row.completion])
+
+
+def segments(lengths: Sequence[int], rows: Sequence[Row]) -> Segments:
+    """Batches for attention.
+
+    >>> segments([3, 200, 2, 1], [Row(0, 1), Row(0, 2), Row(0, 3)]).batches
+    ((Row(prompt=0, completion=1),), (Row(prompt=0, completion=2), Row(prompt=0, completion=3)))
+    """
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -length(row, lengths)):
+        if batches and length(batches[-1][0], lengths) ** 2 - length(row, lengths) ** 2 < WASTE:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return Segments(tuple(lengths), tuple(map(tuple, batches)))
+
+
+class RowsMask(NamedTuple):
+    """Travels through the model in the mask's place, to each layer's attention and to its recomputation."""
+
+    segments: Segments
+    allowed: Tensor | None  # (longest, longest) bool, of any row; None: everything before
+
+
+_present: ContextVar[Segments | None] = ContextVar("segments", default=None)
+
+
+@contextmanager
+def attending_by(cut: Segments | None) -> Iterator[None]:
+    """The sequence that a model reads within the block consists of these segments."""
+    token = _present.set(cut)
+    try:
+        yield
+    finally:
+        _present.reset(token)
+
+
+def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function, **named: Any) -> Any:
+    """What a model's layers of one kind (full, sliding) get as their mask."""
+    cut = _present.get()
+    if cut is None:
+        return sdpa_mask(*given, **named, mask_function=mask_function)  # type: ignore[misc]
+    if mask_function is causal_mask_function:
+        return RowsMask(cut, None)
+    at = torch.arange(cut.longest, device=named["device"])
+    allowed = mask_function(0, 0, at[:, None], at[None, :])
+    return RowsMask(cut, None if torch.equal(allowed, at[:, None] >= at[None, :]) else allowed)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
+) -> tuple[Tensor, None]:
+    """query, key, value (1, heads, tokens, size) -> (1, tokens, heads, size)."""
+    if not isinstance(attention_mask, RowsMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    cut, allowed = attention_mask
+    # split and cat, whose derivatives are one cat and one split; each slice's own would be a tensor of zeros.
+    pieces = [tensor[0].transpose(0, 1).split(cut.lengths) for tensor in (query, key, value)]
+    attended: dict[int, Tensor] = {}
+    for batch in cut.batches:
+        width = length(batch[0], cut.lengths)
+        q, k, v = (_rows(each, batch, width).transpose(1, 2) for each in pieces)
+        mask = None if allowed is None else allowed[:width, :width]
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, **{**given, "is_causal": True})
+        for row, out_LHD in zip(batch, out, strict=True):
+            P, tokens = cut.lengths[row.prompt], length(row, cut.lengths)
+            of_prompt, of_completion, _ = out_LHD.split([P, tokens - P, width - tokens])
+            attended.setdefault(row.prompt, of_prompt)  # the same in all rows of a prompt
+            if row.completion is not None:
+                attended[row.completion] = of_completion
+    return torch.cat([attended[number] for number in range(len(cut.lengths))])[None], None
+
+
+def _rows(pieces: Sequence[Tensor], batch: Sequence[Row], width: int) -> Tensor:
+    """(rows, width, heads, size): the batch's rows, padded on the right, where nothing is seen by what comes before."""
+    parts = []
+    for row in batch:
+        of_row = [pieces[row.prompt]] + ([] if row.completion is None else [pieces[row.completion]])
+        missing = width - sum(map(len, of_row))
+        parts += of_row if not missing else [*of_row[:-1], pad(of_row[-1], (0, 0, 0, 0, 0, missing))]
+    return torch.cat(parts).unflatten(0, (len(batch), width))
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def layouts(model: Any) -> tuple[Layout, ...]:
+    """Those that a model may be given, the fastest first, and `model` made ready for it. That its numbers are right in
+    it is tried later (sft_core.learn.trust), but by short texts, which fill no window; that much its config must say.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
+    kinds = kinds_of_layers(inner.config)
+    found: list[Layout] = ["rows"]
+    if kinds <= {"full"}:
+        found.insert(0, "groups")
+    if kinds <= {"full", "sliding", "chunked"} and inner._supports_attention_backend:
+        if inner.config._attn_implementation == "sdpa":
+            inner.set_attn_implementation(NAME)
+        if inner.config._attn_implementation == NAME:
+            found.insert(0, "sequence")
+    return tuple(found)
+
+
+def kinds_of_layers(config: Any) -> set[str]:
+    """Attention over the whole text is "full", over a window "sliding" or "chunked". Anything else, recurrent states or
+    convolutions, carries what it read on to the next row."""
+    names = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
+    # Not asked by hasattr, which raises where layers differ in their number of heads.
+    attends = "num_attention_heads" in {*dir(config), *config.attribute_map}
+    return {name.split("_")[0] for name in names} if attends else {"state"}

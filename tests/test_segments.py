@@ -1,0 +1,129 @@
+"""Rows in one sequence, which attention takes apart, against the same rows each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sft_core.model.segments
+from benchmarks.layouts import policy_of, row_of
+from sft_core.learn.logprobs import token_logprobs
+from sft_core.learn.rows import Rows, pack_rows
+from sft_core.model.policy import Policy
+from sft_core.model.segments import Row, segments
+from tests.helpers import PEFT_IS_BEHIND, adapted, checkpoint_activations, largest_difference, tiny_policy
+
+WINDOW = {
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "max_window_layers": 1,
+}  # the second layer's, shorter than rows
+
+
+def rows_of(lengths: dict[int, list[int]], seed: int = 0) -> Rows:
+    """For each prompt of this length completions of these."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 300, (count,), generator=generator).tolist()
+
+    prompts = [ids(length) for length in lengths]
+    repeated = [prompt for prompt, each in zip(prompts, lengths.values(), strict=True) for _ in each]
+    return pack_rows(repeated, [ids(length) for each in lengths.values() for length in each], pad_id=0)
+
+
+ROWS = {
+    "groups": rows_of({7: [3, 11, 1, 6], 2: [9, 9], 12: [4]}),
+    "single rows": rows_of({3: [8], 9: [1], 5: [5]}),  # as SFT's
+    "completions without tokens": rows_of({4: [5, 0, 2], 6: [0, 0], 3: [0, 7]}),
+    "nothing to learn": rows_of({4: [0, 0], 6: [0]}),
+}
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fewer keys than queries": lambda: tiny_policy(dtype=torch.float64),
+    "absolute positions": lambda: tiny_policy("gpt2", torch.float64),
+    "a sliding window": lambda: tiny_policy(dtype=torch.float64, **WINDOW),
+    "LoRA": lambda: adapted(tiny_policy(dtype=torch.float64)),
+    "checkpointing": lambda: checkpointed(tiny_policy(dtype=torch.float64, **WINDOW)),
+    "float32": lambda: tiny_policy(),
+}
+
+
+def checkpointed(policy: Policy) -> Policy:
+    checkpoint_activations(policy)
+    policy.model.train()
+    return policy
+
+
+def learned(policy: Policy, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    logp_NT, _ = token_logprobs(policy, rows, 0.7)
+    (logp_NT * torch.linspace(-1, 2, logp_NT.numel(), dtype=logp_NT.dtype).view_as(logp_NT)).sum().backward()
+    gradient = {name: p.grad for name, p in policy.trainable() if p.grad is not None}
+    return logp_NT.detach(), gradient
+
+
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+@pytest.mark.parametrize("waste", [1, 10**6], ids=["a call for each length", "one call for all"])
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("kind", POLICIES)
+def test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart(
+    kind: str, case: str, waste: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft_core.model.segments, "WASTE", waste)
+    assert POLICIES[kind]().layout == "sequence"
+    found, gradient = learned(POLICIES[kind](), ROWS[case])
+    expected, apart = learned(replace(POLICIES[kind](), layout="rows"), ROWS[case])
+    # Sums of at most 300 products of numbers up to 30: a thousand roundings of such a number.
+    bound = 1e-2 if kind == "float32" else 1e-10
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound / 100)
+    assert gradient.keys() == apart.keys()
+    assert largest_difference(gradient, apart) < bound
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_the_tokens_and_not_with_their_square() -> None:
+    def kept(completions: int) -> int:
+        total: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            total[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        policy = replace(tiny_policy(), logit_chunk=2**14)
+        alive = list(policy.model.parameters())
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logp_NT, _ = token_logprobs(policy, rows_of({20: [30] * completions}), entropy="none")
+        own = {p.untyped_storage().data_ptr() for p in alive}
+        assert logp_NT.requires_grad
+        return sum(size for pointer, size in total.items() if pointer not in own)
+
+    few, more, most = kept(4), kept(8), kept(16)
+    assert most - more == pytest.approx(2 * (more - few), rel=0.02)
+
+
+def test_rows_of_similar_length_share_a_call_and_others_do_not() -> None:
+    lengths = [100, 400, 10, 12, 390]
+    cut = segments(lengths, [Row(0, number) for number in range(1, 5)])
+    assert cut.batches == ((Row(0, 1), Row(0, 4)), (Row(0, 3), Row(0, 2)))
+    assert cut.longest == 500
+
+
+def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail."""
+    policy, rows = tiny_policy(), ROWS["groups"]
+    expected, _ = token_logprobs(policy, rows)
+    real: Any = sft_core.model.segments._rows
+    monkeypatch.setattr(sft_core.model.segments, "_rows", lambda pieces, *rest: real(pieces[::-1], *rest))
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.testing.assert_close(token_logprobs(policy, rows)[0], expected, rtol=0, atol=0.1)
+
+
+def test_the_table_of_layouts_counts_their_tokens() -> None:
+    policy = policy_of(1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    cells = row_of(policy, longest=30, repeats=1)
+    assert len(cells) == 7 and cells[0] == "30"
+    assert cells[-1] == f"{8 * 130 / (100 + 10 + 13 + 16 + 19 + 21 + 24 + 27 + 30):.2f}"
