@@ -27,6 +27,7 @@ KINDS = {  # what is without which shortcuts
     "recurrent_gemma": ["segments", "packing", "head", "prefill", "leaving", "padding"],  # its state reads padding
     "rwkv": [*RECURRENT, "padding", "cache"],
 }
+OLDER = {"gemma2": ["prefill", "leaving"]}  # transformers 5.10 gave it another attention function
 
 
 def skip_where_libraries_are_older(verdict: Verdict) -> None:
@@ -42,7 +43,7 @@ def test_a_family_of_each_kind_is_sampled_from_and_learned_from_as_it_is(family:
     verdict = judged(family, run=False)
     skip_where_libraries_are_older(verdict)
     assert verdict.kind == "right", verdict
-    assert verdict.off == KINDS[family]
+    assert verdict.off in (KINDS[family], OLDER.get(family))
 
 
 @pytest.mark.slow
