@@ -54,6 +54,14 @@ def test_a_completion_without_tokens_predicts_nothing() -> None:
     assert len(packed.predictor_M) == int(left_out.mask_NT.sum()) == 2 + 1 + 2
 
 
+@pytest.mark.parametrize(("longest", "groups"), [(64, 1), (512, 1), (2048, 8)])
+def test_a_mask_over_long_completions_gives_way_to_rows_apart(longest: int, groups: int) -> None:
+    completions = [[7] * (longest - longest // 12 * number) for number in range(8)]
+    packed = pack(pack_rows([[5] * 100] * 8, completions, pad_id=0), "groups")
+    assert len(packed.ids_RL) == groups and packed.attention.dim() == (4 if groups == 1 else 2)
+    assert len(packed.predictor_M) == sum(map(len, completions))
+
+
 @families
 @pytest.mark.parametrize("layout", ["sequence", "groups"])
 def test_padding_of_a_packed_row_is_seen_by_no_token(layout: Layout, family: Family) -> None:

@@ -37,21 +37,36 @@ class Packed:
     segments: Segments | None = None  # of one sequence
 
 
+# A token's other layers cost about as much as its attention to so many keys: 24 D^2 flops and 4 D a key, D = 896.
+KEYS_A_TOKEN = 5400
+
 Group = tuple[list[int], list[list[int]]]  # a prompt and its completions
 
 
 def pack(rows: Rows, layout: Layout) -> Packed:
-    """Lay out a micro-batch. Consecutive rows with the same prompt share it, unless `layout` is "rows"."""
+    """Lay out a micro-batch. Consecutive rows with the same prompt share it, unless `layout` is "rows", or is "groups"
+    and the mask over them would cost more than it saves."""
+    pairs = list(zip(rows.prompt_ids(), rows.completion_ids(), strict=True))
+    apart: list[Group] = [(prompt, [completion]) for prompt, completion in pairs]
     groups: list[Group] = []
-    for prompt, completion in zip(rows.prompt_ids(), rows.completion_ids(), strict=True):
-        if layout != "rows" and groups and groups[-1][0] == prompt:
+    for prompt, completion in pairs:
+        if groups and groups[-1][0] == prompt:
             groups[-1][1].append(completion)
         else:
             groups.append((prompt, [completion]))
+    if layout == "rows" or (layout == "groups" and _cost(groups) > _cost(apart)):
+        groups = apart
     packed = _one_sequence(groups) if layout == "sequence" else _a_row_each(groups)
     parts = (packed.ids_RL, packed.position_RL, packed.attention, packed.predictor_M)
     ids_RL, position_RL, attention, predictor_M = (part.to(rows.ids_NL.device) for part in parts)
     return Packed(ids_RL, position_RL, attention, predictor_M, packed.segments)
+
+
+def _cost(groups: list[Group]) -> float:
+    """Of a row for each group, in tokens: with padding, and with attention, which is whole under a mask, else half."""
+    masked = any(len(completions) > 1 for _, completions in groups)
+    L = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
+    return len(groups) * L * (1 + (L if masked else L / 2) / KEYS_A_TOKEN)
 
 
 def _one_sequence(groups: list[Group]) -> Packed:
