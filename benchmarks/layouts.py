@@ -1,7 +1,7 @@
 """What one group costs the learner by the length of its completions: `python -m benchmarks.layouts`
 
-Forward and backward pass of random layers of Qwen2.5-0.5B's shape, in float32: eight completions of one prompt of 100
-tokens, their lengths spread evenly from a third of the longest to the longest. The layouts take turns.
+Forward and backward pass of random layers of Qwen2.5-0.5B's shape, in float32: eight completions of one prompt,
+their lengths spread evenly from a third of the longest to the longest. The layouts take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sft_core.model.segments import Layout, layouts
 from sft_core.precision import pick_precision
 from sft_core.run.provenance import as_line, provenance
 
-PROMPT, GROUP, VOCABULARY = 100, 8, 1000  # the head is not what is compared
+GROUP, VOCABULARY = 8, 1000  # the head is not what is compared
 WIDE = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 LAYOUTS: tuple[Layout, ...] = ("sequence", "groups", "rows")
 
@@ -38,11 +38,11 @@ def policy_of(layers: int, **shape: int) -> Policy:
     return Policy(model, None, pick_precision("float32", torch.device("cpu")), (0,), 0, usable[0])
 
 
-def group_of(longest: int) -> Rows:
+def group_of(longest: int, prompt: int) -> Rows:
     """One prompt's completions."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(longest / 3, longest, GROUP).round().int().tolist()
-    ids = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in [PROMPT, *lengths]]
+    ids = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in [prompt, *lengths]]
     return pack_rows([ids[0]] * GROUP, ids[1:], pad_id=0)
 
 
@@ -55,15 +55,15 @@ def seconds(policy: Policy, rows: Rows) -> float:
     return time.perf_counter() - start
 
 
-def row_of(policy: Policy, longest: int, repeats: int) -> list[str]:
+def row_of(policy: Policy, longest: int, prompt: int, repeats: int) -> list[str]:
     """A line of the table."""
-    rows = group_of(longest)
+    rows = group_of(longest, prompt)
     taken: dict[Layout, list[float]] = {layout: [] for layout in LAYOUTS}
     for _ in range(repeats + 1):  # the first is not counted
         for layout in LAYOUTS:
             taken[layout].append(seconds(replace(policy, layout=layout), rows))
     medians = {layout: median(times[1:]) for layout, times in taken.items()}
-    padded, packed = GROUP * (PROMPT + longest), PROMPT + int(rows.completion_len_N.sum())
+    padded, packed = GROUP * (prompt + longest), prompt + int(rows.completion_len_N.sum())
     ratios = [medians["rows"] / medians["sequence"], medians["groups"] / medians["sequence"], padded / packed]
     return [str(longest), *(f"{medians[layout]:.2f} s" for layout in LAYOUTS), *(f"{ratio:.2f}" for ratio in ratios)]
 
@@ -72,6 +72,7 @@ def main() -> None:
     """The table, on the screen or in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layouts", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lengths", default="64,128,256,512,1024", help="longest completions, in tokens")
+    parser.add_argument("--prompt", type=int, default=100, help="tokens of the prompt (default: 100)")
     parser.add_argument("--layers", type=int, default=2, help="of the 24 (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken (default: 3)")
     parser.add_argument("--output", type=Path, help="write Markdown here, too")
@@ -79,7 +80,7 @@ def main() -> None:
     policy = policy_of(given.layers, **WIDE)
     titles = ["longest completion", "one sequence", "a row a group", "rows apart"]
     table = [[*titles, "apart / sequence", "group / sequence", "tokens apart / in sequence"]]
-    table += [row_of(policy, int(length), given.repeats) for length in given.lengths.split(",")]
+    table += [row_of(policy, int(length), given.prompt, given.repeats) for length in given.lengths.split(",")]
     report = f"{(__doc__ or '').strip()}\n\n{as_line(provenance(seed=None))}\n\n{markdown(table)}\n"
     print(report)
     if given.output:

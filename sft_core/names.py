@@ -112,7 +112,7 @@ REFUSED: dict[str, str] = {
     "max_prompt_length": "use `--max_prompt_tokens`: longer prompts are dropped (`--long_prompts`), TRL cut their "
     "beginning off; TRL 1.16 has no such limit",
     "max_length": "use `--max_prompt_tokens` (longer prompts are dropped) and `--max_completion_tokens`",
-    "packing": "always on: a micro-batch is one sequence without padding, of `--micro_batch` rows",
+    "packing": "on where the model allows it: a micro-batch of `--micro_batch` rows is one sequence without padding",
     "bf16": _PRECISION,
     "fp16": _PRECISION,
     "dtype": _PRECISION,

@@ -41,6 +41,7 @@ ROWS = {
     "groups": rows_of({7: [3, 11, 1, 6], 2: [9, 9], 12: [4]}),
     "single rows": rows_of({3: [8], 9: [1], 5: [5]}),  # as SFT's
     "completions without tokens": rows_of({4: [5, 0, 2], 6: [0, 0], 3: [0, 7]}),
+    "long prompts": rows_of({40: [3, 1, 5, 2], 9: [7, 6], 30: [2, 2, 0, 4]}),  # whole groups, under a mask
     "nothing to learn": rows_of({4: [0, 0], 6: [0]}),
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -112,6 +113,12 @@ def test_rows_of_similar_length_share_a_call_and_others_do_not() -> None:
     assert cut.longest == 500
 
 
+def test_a_group_stays_whole_where_its_prompt_is_long_and_its_completions_are_short() -> None:
+    cut = segments([100, 3, 4, 5, 50, 40, 60], [*(Row(0, n) for n in (1, 2, 3)), Row(4, 5), Row(4, 6)])
+    assert cut.groups == ((0, 4),) and cut.longest == 110
+    assert cut.batches == ((Row(4, 6), Row(4, 5)),)
+
+
 def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail."""
     policy, rows = tiny_policy(), ROWS["groups"]
@@ -124,6 +131,6 @@ def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_table_of_layouts_counts_their_tokens() -> None:
     policy = policy_of(1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
-    cells = row_of(policy, longest=30, repeats=1)
+    cells = row_of(policy, longest=30, prompt=100, repeats=1)
     assert len(cells) == 7 and cells[0] == "30"
     assert cells[-1] == f"{8 * 130 / (100 + 10 + 13 + 16 + 19 + 21 + 24 + 27 + 30):.2f}"

@@ -5,7 +5,7 @@ The shape legend of the whole project. A tensor's name ends in its shape:
     B  prompts in a step          N  rows, one per completion: N = B * G      V  vocabulary size
     G  completions per prompt     P  prompt tokens, padded                    D  hidden size
                                   T  completion tokens, padded                L  P + T
-    K  reward functions           R  packed rows (sft_core.learn.logprobs)    M  completion tokens without padding
+    K  reward functions           R  packed rows (sft_core.learn.layout)    M  completion tokens without padding
 
 How a row lies in memory (P = 4, T = 3; `.` is padding, the row's lengths are 3 and 2):
 

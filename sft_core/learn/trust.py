@@ -1,6 +1,6 @@
 """Trusted by test, not by name: the learner's shortcuts are tried on the very model that was loaded.
 
-The learner computes logits as head(backbone), and lays a group's completions in one row that a mask cuts. Both are
+The learner computes logits as head(backbone), and lays rows one behind the other, for attention to cut. Both are
 right for most models and silently wrong for some: logits may be scaled behind the head, positions may be counted by
 the model itself, masks ignored. So a few short rows are scored by the plain model, one at a time and unpadded, and then
 as the learner does it. A shortcut that gives other numbers is switched off, in one line; where the plainest way is

@@ -41,7 +41,7 @@ class Policy:
     precision: Precision
     eos_ids: tuple[int, ...]
     pad_id: int
-    layout: Layout = "groups"  # how the learner lays out rows (sft_core.model.segments)
+    layout: Layout = "rows"  # how the learner lays out rows (sft_core.model.segments)
     prefill: bool = True  # the sampler, too, encodes the prompt of consecutive rows once
     split_head: bool = True  # logits are head(backbone), of the tokens that are scored alone
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all

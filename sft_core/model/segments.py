@@ -4,8 +4,9 @@
     position    0  1  2  3  4  5  3  4  0  1  2  3     each completion continues after its prompt
 
 All layers but attention see this sequence as it is, each token once and no padding. Attention is computed for the rows
-q q q a b e, q q q c e and p p d e: causal, so no mask is needed, and nothing is computed that a mask would hide. Memory
-grows with the number of tokens, and the cost of attention with the square of a row's length, not of a group's.
+q q q a b e, q q q c e and p p d e: causal, so no mask is needed, and completions never look at one another. Each row
+computes its prompt's attention again. Where that would cost more (long prompts, short completions), attention takes the
+group in one piece, q q q a b e c e, under a mask.
 
 transformers has a public place for attention functions (`AttentionInterface`, `AttentionMaskInterface`). What is put
 there hands everything but such sequences on to its own function for `scaled_dot_product_attention`.
@@ -45,14 +46,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Segments:
-    """A sequence cut into pieces of these `lengths`, and the rows that they form, in batches, the longest row first."""
+    """A sequence cut into pieces of these `lengths`, and the rows that they form, in batches, the longest row first; or
+    whole groups, each by its prompt's piece and the piece after its last completion's."""
 
     lengths: tuple[int, ...]
     batches: tuple[tuple[Row, ...], ...]
+    groups: tuple[tuple[int, int], ...] = ()
 
     @property
     def longest(self) -> int:
-        return max(length(batch[0], self.lengths) for batch in self.batches)
+        rows = [length(batch[0], self.lengths) for batch in self.batches]
+        return max(rows + [self.lengths[at] + max(self.lengths[at + 1 : end]) for at, end in self.groups])
 
 
 def length(row: Row, lengths: Sequence[int]) -> int:
@@ -66,13 +70,27 @@ def segments(lengths: Sequence[int], rows: Sequence[Row]) -> Segments:
     >>> segments([3, 200, 2, 1], [Row(0, 1), Row(0, 2), Row(0, 3)]).batches
     ((Row(prompt=0, completion=1),), (Row(prompt=0, completion=2), Row(prompt=0, completion=3)))
     """
+    of_prompt: dict[int, list[Row]] = {}
+    for row in rows:
+        of_prompt.setdefault(row.prompt, []).append(row)
+    groups: list[tuple[int, int]] = []
+    for prompt, its_rows in of_prompt.items():
+        end = prompt + len(its_rows) + 1
+        # Under a mask all pairs of the group are computed, else half of each row's.
+        if its_rows[0].completion is not None and sum(lengths[prompt:end]) ** 2 < _pairs(its_rows, lengths):
+            groups.append((prompt, end))
+    apart = [row for row in rows if row.prompt not in dict(groups)]
     batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -length(row, lengths)):
+    for row in sorted(apart, key=lambda row: -length(row, lengths)):
         if batches and length(batches[-1][0], lengths) ** 2 - length(row, lengths) ** 2 < WASTE:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return Segments(tuple(lengths), tuple(map(tuple, batches)))
+    return Segments(tuple(lengths), tuple(map(tuple, batches)), tuple(groups))
+
+
+def _pairs(rows: Sequence[Row], lengths: Sequence[int]) -> float:
+    return sum(length(row, lengths) ** 2 for row in rows) / 2
 
 
 class RowsMask(NamedTuple):
@@ -80,6 +98,7 @@ class RowsMask(NamedTuple):
 
     segments: Segments
     allowed: Tensor | None  # (longest, longest) bool, of any row; None: everything before
+    of_groups: tuple[Tensor, ...] = ()  # (1, 1, tokens, tokens) bool
 
 
 _present: ContextVar[Segments | None] = ContextVar("segments", default=None)
@@ -100,20 +119,43 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
     cut = _present.get()
     if cut is None:
         return sdpa_mask(*given, **named, mask_function=mask_function)  # type: ignore[misc]
-    if mask_function is causal_mask_function:
+    plain = _repeats_no_keys(named["device"])
+    if plain and mask_function is causal_mask_function and not cut.groups:
         return RowsMask(cut, None)
     at = torch.arange(cut.longest, device=named["device"])
-    allowed = mask_function(0, 0, at[:, None], at[None, :])
-    return RowsMask(cut, None if torch.equal(allowed, at[:, None] >= at[None, :]) else allowed)
+    causal = at[:, None] >= at[None, :]
+    allowed = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:, None], at[None, :])
+    of_groups = tuple(_of_group(allowed, cut.lengths[at:end]) for at, end in cut.groups)
+    return RowsMask(cut, None if plain and torch.equal(allowed, causal) else allowed, of_groups)
+
+
+def _of_group(allowed: Tensor, lengths: Sequence[int]) -> Tensor:
+    """What each token of a prompt and its completions sees: of the prompt and its own completion what a row would."""
+    device, P = allowed.device, lengths[0]
+    positions = [torch.arange(P, device=device)] + [torch.arange(P, P + T, device=device) for T in lengths[1:]]
+    position, part = (
+        torch.cat(positions),
+        torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device),
+    )
+    seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
+    return (allowed[position[:, None], position[None, :]] & seen)[None, None]
+
+
+def _repeats_no_keys(device: torch.device) -> bool:
+    """Without a mask transformers leaves it to the kernel that query heads share a key. On CUDA flash attention alone
+    can do so, which needs half precision and capability 8.0; a T4 (7.5) would fall back to all pairs at once."""
+    if torch.device(device).type != "cuda":
+        return True
+    return torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
 ) -> tuple[Tensor, None]:
-    """query, key, value (1, heads, tokens, size) -> (1, tokens, heads, size)."""
+    """query, key, value (1, heads, tokens, size) -> (1, tokens, heads, size); without segments, for more rows, too."""
     if not isinstance(attention_mask, RowsMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
-    cut, allowed = attention_mask
+    cut, allowed, of_groups = attention_mask
     # split and cat, whose derivatives are one cat and one split; each slice's own would be a tensor of zeros.
     pieces = [tensor[0].transpose(0, 1).split(cut.lengths) for tensor in (query, key, value)]
     attended: dict[int, Tensor] = {}
@@ -128,6 +170,10 @@ def _attend(
             attended.setdefault(row.prompt, of_prompt)  # the same in all rows of a prompt
             if row.completion is not None:
                 attended[row.completion] = of_completion
+    for (prompt, end), mask in zip(cut.groups, of_groups, strict=True):
+        q, k, v = (torch.cat(each[prompt:end])[None].transpose(1, 2) for each in pieces)
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, **given)
+        attended |= dict(enumerate(out[0].split(cut.lengths[prompt:end]), prompt))
     return torch.cat([attended[number] for number in range(len(cut.lengths))])[None], None
 
 

@@ -95,7 +95,7 @@ BUGS = [
         4,
         "a sliding window that attention by segments forgets",
         "sft_core/model/segments.py",
-        "None if torch.equal(allowed, at[:, None] >= at[None, :]) else allowed",
+        "None if plain and torch.equal(allowed, causal) else allowed",
         "None",
         "Short texts are right. Completions longer than the window are learned under another model than the one that "
         "sampled them.",
