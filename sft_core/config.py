@@ -46,7 +46,7 @@ class ModelConfig:
         "auto", "auto: bf16 if the hardware has it, else fp16 on CUDA, else float32"
     )
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, 1.3x the time")
-    share_prompts: bool = flag(True, "encode the prompt of a group once, in sampler and learner; same gradient")
+    share_prompts: bool = flag(True, "encode a group's prompt once; the learner then pads no rows; same gradient")
     logit_chunk: int = flag(
         2**26, "how many logits the learner computes at a time (2**26: 256 MB); same gradient; 0: all"
     )
