@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], Policy], dict[str, Any]]] = {
     "absolute positions": (lambda: poisoned("gpt2"), {}),
     "prompts not shared": (lambda: replace(poisoned(), layout="rows"), {}),
     "micro-batches": (lambda: poisoned(), {"micro_batch": 2}),
-    "a reference, two updates": (lambda: poisoned(), {"beta": 0.1, "mu": 2}),
+    "a reference, two updates": (lambda: replace(poisoned(), layout="groups"), {"beta": 0.1, "mu": 2}),
     "LoRA": (lambda: adapted(poisoned()), {}),
     "fp16 with its scaler": (lambda: poisoned(precision="fp16"), {}),
     "bf16": (lambda: poisoned(precision="bf16"), {}),
