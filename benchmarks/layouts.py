@@ -19,7 +19,7 @@ from rewards.tables import markdown
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
-from sft_core.model.segments import Layout, layouts
+from sft_core.model.segments import Layout, attend_by_segments, layouts
 from sft_core.precision import pick_precision
 from sft_core.run.provenance import as_line, provenance
 
@@ -33,9 +33,9 @@ def policy_of(layers: int, **shape: int) -> Policy:
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=layers, tie_word_embeddings=True, **shape)
     model = Qwen2ForCausalLM(config).train()
-    usable = layouts(model)
-    assert usable == LAYOUTS
-    return Policy(model, None, pick_precision("float32", torch.device("cpu")), (0,), 0, usable[0])
+    attend_by_segments(model)
+    assert layouts(model) == LAYOUTS
+    return Policy(model, None, pick_precision("float32", torch.device("cpu")), (0,), 0, LAYOUTS[0])
 
 
 def group_of(longest: int, prompt: int) -> Rows:

@@ -28,7 +28,7 @@ from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
-from sft_core.model.segments import layouts
+from sft_core.model.segments import attend_by_segments, layouts
 from sft_core.model.tiny import build_tokenizer
 from sft_core.precision import pick_precision
 from sft_core.text.example import Example
@@ -98,6 +98,7 @@ def tiny_policy(
     tok = tokenizer()
     pad_id = tok.pad_token_id if family == "qwen2" else tok.eos_token_id
     model = tiny_model(family, dtype, **config)
+    attend_by_segments(model)
     precise = pick_precision(precision, torch.device("cpu"))
     return Policy(model, tok, precise, (tok.eos_token_id,), pad_id, layouts(model)[0])
 

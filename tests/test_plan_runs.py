@@ -24,7 +24,7 @@ from grpo_core.forecast.roofline import Phase, decode, phases, prefill
 from sft_core.config import ModelConfig
 from sft_core.learn.layout import pack
 from sft_core.learn.rows import pack_rows
-from sft_core.model.segments import attending_by, layouts
+from sft_core.model.segments import attend_by_segments, attending_by, layouts
 from sft_core.model.shapes import shapes_of
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
@@ -80,6 +80,7 @@ def test_activations_are_what_autograd_saves(family: Any, apart: bool, half: boo
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     shapes = shapes_of(*source_of(tmp_path))
+    attend_by_segments(model)
     rows = pack_rows([[5] * 40] * 4 + [[6] * 40] * 4, [[7] * 20] * 8, pad_id=0)
     packed = pack(rows, layouts(model)[0] if apart else "rows")
     inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}

@@ -18,11 +18,8 @@ from sft_core.model.policy import Policy
 from sft_core.model.segments import Row, segments
 from tests.helpers import PEFT_IS_BEHIND, adapted, checkpoint_activations, largest_difference, tiny_policy
 
-WINDOW = {
-    "use_sliding_window": True,
-    "sliding_window": 5,
-    "max_window_layers": 1,
-}  # the second layer's, shorter than rows
+# The second layer's, shorter than rows.
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 
 def rows_of(lengths: dict[int, list[int]], seed: int = 0) -> Rows:

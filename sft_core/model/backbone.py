@@ -16,7 +16,7 @@ def backbone_and_head(model: Any, split: bool = True) -> tuple[Any, Callable[[Te
     more than that: the whole model, whose logits stand for hidden states, and nothing behind it."""
     if not split:
         return partial(_logits_for_hidden_states, model), lambda logits: logits
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
+    inner = without_adapter(model)
     head, config = inner.get_output_embeddings(), inner.config
     cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
 
@@ -29,6 +29,11 @@ def backbone_and_head(model: Any, split: bool = True) -> tuple[Any, Callable[[Te
         return logits
 
     return getattr(inner, inner.base_model_prefix), logits_of
+
+
+def without_adapter(model: Any) -> Any:
+    """A peft model's own model; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _logits_for_hidden_states(model: Any, **inputs: Any) -> Any:

@@ -20,7 +20,7 @@ from sft_core.errors import refused
 from sft_core.model import tiny
 from sft_core.model.allocator import keep_freed_memory
 from sft_core.model.half import halve
-from sft_core.model.segments import Layout, layouts
+from sft_core.model.segments import Layout, attend_by_segments, layouts
 from sft_core.model.source import Source, find_source
 from sft_core.precision import Precision, pick_device, pick_precision
 
@@ -157,6 +157,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
             halve(model, precision.autocast_dtype, trained=False)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     model = model.eval() if config.use_4bit else model.to(device).eval()
+    attend_by_segments(model)
     usable = layouts(model)
     divisible = "groups" in usable  # to one prompt and one completion, by a mask or a choice of rows
     return Policy(

@@ -27,6 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from sft_core.model.backbone import without_adapter
+
 # How the learner lays out a micro-batch, the fastest first. "sequence": as drawn above. "groups": a row for each prompt
 # with all its completions, which a mask hides from one another. "rows": one for each completion, with padding.
 Layout = Literal["sequence", "groups", "rows"]
@@ -65,7 +67,7 @@ def length(row: Row, lengths: Sequence[int]) -> int:
 
 
 def segments(lengths: Sequence[int], rows: Sequence[Row]) -> Segments:
-    """Batches for attention.
+    """Batches for attention. A prompt's completions are the pieces behind its own.
 
     >>> segments([3, 200, 2, 1], [Row(0, 1), Row(0, 2), Row(0, 3)]).batches
     ((Row(prompt=0, completion=1),), (Row(prompt=0, completion=2), Row(prompt=0, completion=3)))
@@ -133,10 +135,8 @@ def _of_group(allowed: Tensor, lengths: Sequence[int]) -> Tensor:
     """What each token of a prompt and its completions sees: of the prompt and its own completion what a row would."""
     device, P = allowed.device, lengths[0]
     positions = [torch.arange(P, device=device)] + [torch.arange(P, P + T, device=device) for T in lengths[1:]]
-    position, part = (
-        torch.cat(positions),
-        torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device),
-    )
+    position = torch.cat(positions)
+    part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
     seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
     return (allowed[position[:, None], position[None, :]] & seen)[None, None]
 
@@ -192,20 +192,23 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def layouts(model: Any) -> tuple[Layout, ...]:
-    """Those that a model may be given, the fastest first, and `model` made ready for it. That its numbers are right in
-    it is tried later (sft_core.learn.trust), but by short texts, which fill no window; that much its config must say.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model's own
+    """Those that a model may be given, the fastest first. That its numbers are right in them is tried later
+    (sft_core.learn.trust), but by short texts, which fill no window; that much its config must say."""
+    inner = without_adapter(model)
     kinds = kinds_of_layers(inner.config)
     found: list[Layout] = ["rows"]
     if kinds <= {"full"}:
         found.insert(0, "groups")
-    if kinds <= {"full", "sliding", "chunked"} and inner._supports_attention_backend:
-        if inner.config._attn_implementation == "sdpa":
-            inner.set_attn_implementation(NAME)
-        if inner.config._attn_implementation == NAME:
-            found.insert(0, "sequence")
+    replaceable = inner._supports_attention_backend and inner.config._attn_implementation in ("sdpa", NAME)
+    if kinds <= {"full", "sliding", "chunked"} and replaceable:
+        found.insert(0, "sequence")
     return tuple(found)
+
+
+def attend_by_segments(model: Any) -> None:
+    """Make the model ready for one sequence, if it may be given that; its other inputs it reads as before."""
+    if "sequence" in layouts(model):
+        without_adapter(model).set_attn_implementation(NAME)
 
 
 def kinds_of_layers(config: Any) -> set[str]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft_core.config import ModelConfig
 from sft_core.model import tiny
-from sft_core.model.segments import kinds_of_layers
+from sft_core.model.segments import layouts
 from sft_core.model.source import Source
 
 
@@ -78,7 +78,7 @@ def shapes_of(config: ModelConfig, source: Source | None) -> Shapes:
         gated=sides.count(max(sides)) > 2,
         rms=not any(isinstance(norm, torch.nn.LayerNorm) for norm in norms),
         head_norms=len(norms) > 2 and any(norm.weight.numel() == width for norm in norms),
-        packs=kinds_of_layers(values) <= {"full", "sliding", "chunked"},
+        packs=layouts(model)[0] != "rows",
     )
 
 
