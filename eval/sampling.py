@@ -22,12 +22,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from eval.around import equal_lengths, ready_to_generate
+from eval.cache import room_for
+from eval.draw import Draw
 from sft_core.learn.rows import Rows, pad
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.half import half_twin
@@ -63,9 +68,11 @@ def sample(
     """One completion for each prompt (token lists), in one batch; `streamer` shows a single one as it is drawn."""
     device, N = policy.device, len(prompts)
     completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
-    logp_NT = torch.zeros(completion_NT.shape if sampling.temperature else (N, 0), device=device)
+    drawn_NT = completion_NT.shape if sampling.temperature else (N, 0)
+    logp_NT = torch.zeros(drawn_NT, device=device)
+    uniform_NT = torch.rand(drawn_NT, dtype=torch.float64).to(device)  # from the CPU: the same on every device
     for batch in [list(range(N))] if policy.pads else equal_lengths(prompts):
-        _generate(policy, prompts, batch, sampling, completion_NT, logp_NT, streamer)
+        _generate(policy, prompts, batch, sampling, uniform_NT, completion_NT, logp_NT, streamer)
     completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
     prompt_NP, T = pad(prompts, policy.pad_id, "left").to(device), int(completion_len_N.max())
     prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
@@ -94,16 +101,20 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     batch: Sequence[int],
     sampling: Sampling,
+    uniform_NT: Tensor,
     completion_NT: Tensor,
     logp_NT: Tensor,
     streamer: TextStreamer | None,
 ) -> None:
-    """Fill the rows `batch` of completion_NT, and of logp_NT: at the temperature, before any cut."""
+    """Fill the rows `batch` of completion_NT, and of logp_NT: at the temperature, before any cut. Each token is drawn
+    by its number of uniform_NT."""
     device, budget = policy.device, sampling.max_completion_tokens
     ids = pad([prompts[row] for row in batch], policy.pad_id, "left").to(device)
     P, prompt_len_N = ids.shape[1], torch.tensor([len(prompts[row]) for row in batch], device=device)
     # None: `generate` makes a cache of the model's own kind.
     cache: Any = DynamicCache(config=policy.model.config) if policy.prefill or policy.rows_leave else None
+    if cache is not None:
+        room_for(cache, P + budget, policy.model, policy.precision.autocast_dtype)
     width = 0  # tokens drawn until now
     with (
         torch.inference_mode(),
@@ -116,14 +127,14 @@ def _generate(
             prefill_once(cache, model, prompts, ids, attention)
         alive = torch.tensor(batch, device=device)
         while len(alive) and width < budget:
-            recorder = _LogprobRecorder(sampling.temperature, policy.eos_ids[0])
-            enough = _SomeHaveEnded(policy.eos_ids, P + width)
+            draw = Draw(sampling.temperature, uniform_NT[alive, width:], policy.eos_ids[0], _cuts(sampling))
+            enough = _SomeHaveEnded(policy.eos_ids, device)
             longer = model.generate(
                 input_ids=ids,
                 attention_mask=attention,
                 past_key_values=cache,
-                generation_config=_generation_config(policy, sampling, budget - width),
-                logits_processor=LogitsProcessorList([recorder] if sampling.temperature else []),
+                generation_config=_generation_config(policy, budget - width),
+                logits_processor=LogitsProcessorList([draw] if sampling.temperature else []),
                 stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
                 streamer=streamer,
             )
@@ -131,8 +142,7 @@ def _generate(
             end = width + drawn.shape[1]
             completion_NT[alive, width:end] = drawn
             if sampling.temperature:
-                recorder.settle(longer[:, -1])
-                logp_NT[alive, width:end] = torch.stack(recorder.logp, dim=1)
+                logp_NT[alive, width:end] = torch.stack(draw.logp, dim=1)
             going = (~completion_lengths(drawn, policy.eos_ids)[1]).nonzero().squeeze(1)
             alive, ids, width = alive[going], longer[going], end
             attention = torch.nn.functional.pad(attention[going], (0, P + end - attention.shape[1]), value=1)
@@ -140,14 +150,24 @@ def _generate(
                 cache.batch_select_indices(going)
 
 
-def _generation_config(policy: Policy, sampling: Sampling, tokens: int) -> GenerationConfig:
-    """All of `generate`'s settings. The model's own (repetition penalty, top-k, top-p) are not inherited."""
+def _generation_config(policy: Policy, tokens: int) -> GenerationConfig:
+    """All of `generate`'s settings: the most probable token, or the one that `Draw` marks. The model's own (repetition
+    penalty, top-k, top-p) are not inherited."""
     config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
     config.use_cache = policy.cached
-    if sampling.temperature:
-        config.update(do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        config.update(min_p=sampling.min_p or None)
     return config
+
+
+def _cuts(sampling: Sampling) -> list[LogitsProcessor]:
+    """What leaves unlikely tokens out, in transformers' order."""
+    cuts: list[LogitsProcessor] = []
+    if sampling.top_k:
+        cuts.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        cuts.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        cuts.append(MinPLogitsWarper(sampling.min_p))
+    return cuts
 
 
 def prefill_once(
@@ -174,39 +194,9 @@ def prefill_once(
 class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
     """Ends a segment for all of its rows once one in LEAVING has ended."""
 
-    def __init__(self, eos_ids: Sequence[int], start: int) -> None:
-        self.eos_ids, self.start = eos_ids, start
+    def __init__(self, eos_ids: Sequence[int], device: torch.device) -> None:
+        self.eos_ids, self.ended_N = torch.tensor(list(eos_ids), device=device), torch.tensor(False, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ended_N = completion_lengths(input_ids[:, self.start :], self.eos_ids)[1]
-        return (ended_N.sum() * LEAVING >= len(ended_N)).expand(len(ended_N))
-
-
-class _LogprobRecorder(LogitsProcessor):  # type: ignore[misc]
-    """Keeps each sampled token's log-probability without keeping any step's logits.
-
-    `generate` calls it with the logits of step t, before it applies the temperature; the token drawn from them is the
-    last of `input_ids` at step t + 1. Nothing can be drawn from logits that are NaN: such a row ends there, and
-    `Optimizer`, where the learner finds the same, skips the step and names the row.
-    """
-
-    def __init__(self, temperature: float, eos_id: int) -> None:
-        self.temperature, self.eos_id = temperature, eos_id
-        self.pending: Tensor | None = None
-        self.logp: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.settle(input_ids[:, -1])
-        self.pending = scores.float() / self.temperature
-        self.normalizer_N = self.pending.logsumexp(dim=-1)
-        lost_N = ~self.normalizer_N.isfinite()
-        if lost_N.any():
-            scores = scores.masked_fill(lost_N[:, None], -torch.inf)
-            scores[lost_N, self.eos_id] = 0.0
-        return scores
-
-    def settle(self, token_N: Tensor) -> None:
-        if self.pending is not None:
-            chosen_N = self.pending.gather(-1, token_N[:, None]).squeeze(-1)
-            self.logp.append(chosen_N - self.normalizer_N)
-            self.pending = None
+        self.ended_N = self.ended_N | torch.isin(input_ids[:, -1], self.eos_ids)
+        return (self.ended_N.sum() * LEAVING >= len(self.ended_N)).expand(len(self.ended_N))

@@ -62,27 +62,32 @@ def trusted_sampler(policy: Policy) -> Policy:
 @contextmanager
 def watched(model: Any, one_leaves: bool) -> Iterator[list[float]]:
     """For each call of `model.generate` within the block, the largest difference in nats between a token's noted
-    log-probability and what it was drawn by: after the temperature and the cuts, of which the recorder sees nothing.
-    With `one_leaves`, the first call draws one token, and row LEAVER's is made an end of sequence.
+    log-probability and that by which the token that came out was drawn: after the temperature and the cuts. With
+    `one_leaves`, the first call draws one token, and row LEAVER's is made an end of sequence afterwards.
     """
     found: list[float] = []
     generate = type(model).generate
 
     def watching(self: Any, **given: Any) -> Tensor:
-        config, recorder = given["generation_config"], given["logits_processor"][0]
-        config.update(output_scores=True, return_dict_in_generate=True)
+        config, draw = given["generation_config"], given["logits_processor"][0]
+        pick, drawn_by = draw.pick, []
+
+        def watched_pick(weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
+            drawn_by.append((weight_NV / weight_NV.sum(dim=-1, keepdim=True)).log())
+            return pick(weight_NV, uniform_N1)  # type: ignore[no-any-return]
+
+        draw.pick = watched_pick
         leaving = one_leaves and not found
         if leaving:
             config.max_new_tokens = 1
-        output = generate(self, **given)
-        if leaving:
-            output.sequences[LEAVER, -1] = config.eos_token_id[0]
-        recorder.settle(output.sequences[:, -1])
-        noted_NT = torch.stack(recorder.logp, dim=1)
-        logp_NTV = torch.stack(output.scores, dim=1).float().log_softmax(dim=-1)
-        drawn_by_NT = logp_NTV.gather(-1, output.sequences[:, -noted_NT.shape[1] :, None]).squeeze(-1)
+        longer: Tensor = generate(self, **given)
+        noted_NT, logp_NTV = torch.stack(draw.logp, dim=1), torch.stack(drawn_by, dim=1)
+        drawn_by_NT = logp_NTV.gather(-1, longer[:, -noted_NT.shape[1] :, None]).squeeze(-1)
         found.append(float((drawn_by_NT - noted_NT).abs().max()))
-        return output.sequences  # type: ignore[no-any-return]
+        if leaving:
+            end = config.eos_token_id[0]
+            longer[LEAVER, -1], draw.logp[-1][LEAVER] = end, logp_NTV[LEAVER, -1, end]
+        return longer
 
     with patch.object(type(model), "generate", watching):
         yield found

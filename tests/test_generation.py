@@ -87,6 +87,15 @@ def test_every_way_to_sample_records_the_learners_logprobs(
     assert (samples.logp_NT[~samples.rows.mask_NT] == 0).all()
 
 
+@families
+def test_a_completion_is_the_same_whichever_rows_are_sampled_beside_it(family: Family) -> None:
+    """A row has its own random numbers, so nothing but rounding could make it another."""
+    policy = ends_often(tiny_policy(family))
+    ways = itertools.product((True, False), (True, False))
+    found = [completions(drawn(quick(policy, *way), PROMPTS["groups"], Sampling(9))) for way in ways]
+    assert found[1:] == found[:1] * 3 and len({len(tokens) for _, tokens in found[0]}) > 3
+
+
 # --- the distribution, against every completion that there is ---
 
 FEW, END = 5, 4  # five tokens, the last of which ends a completion

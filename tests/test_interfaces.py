@@ -21,7 +21,12 @@ USED = {
     ),
     "transformers:DynamicCache.__init__": ("config", "eval/sampling.py"),
     "transformers:DynamicCache.batch_select_indices": ("", "eval/sampling.py"),
-    "transformers:LogitsProcessor.__call__": ("input_ids scores", "eval/sampling.py"),
+    "transformers:LogitsProcessor.__call__": ("input_ids scores", "eval/draw.py"),
+    "transformers:TopKLogitsWarper.__init__": ("", "eval/sampling.py"),
+    "transformers:TopPLogitsWarper.__init__": ("", "eval/sampling.py"),
+    "transformers:MinPLogitsWarper.__init__": ("", "eval/sampling.py"),
+    "transformers.cache_utils:DynamicLayer.lazy_initialization": ("key_states value_states", "eval/cache.py"),
+    "transformers.cache_utils:DynamicLayer.update": ("key_states value_states", "eval/cache.py"),
     "transformers:StoppingCriteria.__call__": ("input_ids scores", "eval/sampling.py"),
     "transformers:PreTrainedModel.get_output_embeddings": ("", "sft_core/model/backbone.py"),
     "transformers:PreTrainedModel.base_model_prefix": ("", "sft_core/model/backbone.py"),
@@ -70,27 +75,24 @@ def test_the_file_that_is_named_uses_the_interface(interface: str) -> None:
     assert [word for word in words if word not in text and word != "past_key_values"] == []
 
 
-def test_what_generate_gives_back_holds_the_scores_that_it_drew_from() -> None:
-    """eval/trust.py reads them: they are after temperature and cuts, which a logits processor does not see."""
+def test_generate_takes_the_token_with_the_highest_score_of_those_that_a_logits_processor_gives_back() -> None:
+    """So `Draw` can mark the one that it drew (eval/draw.py)."""
     import torch
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
     from tests.helpers import tiny_policy
 
-    seen = []
-
-    class Seen(LogitsProcessor):  # type: ignore[misc]
+    class Marked(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            seen.append(scores)
-            return scores
+            assert scores.dtype == torch.float32
+            marked = torch.zeros_like(scores)
+            marked[:, 10 + input_ids.shape[1]] = 1.0
+            return marked
 
     policy = tiny_policy()
-    config = GenerationConfig(max_new_tokens=2, do_sample=True, temperature=0.5, top_k=0, pad_token_id=policy.pad_id)
-    drawn = policy.model.generate(
+    ids = policy.model.generate(
         torch.tensor([[5, 6, 7]]),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([Seen()]),
-        output_scores=True,
-        return_dict_in_generate=True,
+        generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=policy.pad_id),
+        logits_processor=LogitsProcessorList([Marked()]),
     )
-    assert torch.allclose(drawn.scores[0], seen[0] / 0.5) and not torch.allclose(drawn.scores[0], seen[0])
+    assert ids.tolist() == [[5, 6, 7, 13, 14]]

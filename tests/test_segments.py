@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import sft_core.model.segments
 from benchmarks.layouts import policy_of, row_of
@@ -131,3 +134,27 @@ def test_the_table_of_layouts_counts_their_tokens() -> None:
     cells = row_of(policy, longest=30, prompt=100, repeats=1)
     assert len(cells) == 7 and cells[0] == "30"
     assert cells[-1] == f"{8 * 130 / (100 + 10 + 13 + 16 + 19 + 21 + 24 + 27 + 30):.2f}"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_next_tokens_attention_repeats_no_keys_and_is_the_same(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, heads, tokens, 8, dtype=torch.float64, generator=generator)
+        for heads, tokens in ((6, 1), (2, 40), (2, 40))
+    )
+    mask = torch.rand(3, 1, 1, 40, generator=generator) > 0.3 if masked else None
+    module, given = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False), {"scaling": 0.3}
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, **given)
+    seen = []
+
+    def watched(query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Tensor:
+        seen.append((tuple(query.shape), tuple(key.shape)))
+        return scaled_dot_product_attention(query, key, *rest, **named)
+
+    monkeypatch.setattr(sft_core.model.segments, "scaled_dot_product_attention", watched)
+    found, _ = sft_core.model.segments._attend(module, query, key, value, mask, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert seen == [((3, 2, 3, 8), (3, 2, 40, 8))]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, TopKLogitsWarper
 
 import eval.sampling
 from eval.sampling import Sampling, sample
@@ -151,8 +151,8 @@ def test_a_cache_that_selects_the_wrong_rows_is_found(monkeypatch: pytest.Monkey
 def test_a_sampler_that_notes_the_log_probabilities_of_another_temperature_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recorder = eval.sampling._LogprobRecorder
-    monkeypatch.setattr(eval.sampling, "_LogprobRecorder", lambda temperature, eos: recorder(temperature * 0.7, eos))
+    draw = eval.sampling.Draw
+    monkeypatch.setattr(eval.sampling, "Draw", lambda temperature, *given: draw(temperature * 0.7, *given))
     with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
         trusted_sampler(tiny_policy())
 
@@ -196,23 +196,27 @@ def test_dropout_that_is_left_on_is_refused() -> None:
 
 
 def test_a_sampler_that_draws_at_another_temperature_than_it_notes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = eval.sampling._generation_config
-
-    def colder(policy: Policy, sampling: Sampling, tokens: int) -> Any:
-        return real(policy, replace(sampling, temperature=0.7 * sampling.temperature), tokens)
-
-    monkeypatch.setattr(eval.sampling, "_generation_config", colder)
+    monkeypatch.setattr(eval.sampling.Draw, "__call__", colder(eval.sampling.Draw.__call__))
     with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
         trusted_sampler(tiny_policy())
 
 
+def colder(real: Any) -> Any:
+    """Draws at 0.7 times the temperature."""
+
+    def call(draw: Any, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        pick = draw.pick
+        draw.pick = lambda weight_NV, uniform_N1: pick(weight_NV ** (1 / 0.7), uniform_N1)
+        try:
+            return real(draw, input_ids, scores)
+        finally:
+            draw.pick = pick
+
+    return call
+
+
 def test_a_sampler_that_cuts_off_what_nobody_asked_it_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = eval.sampling._generation_config
-
-    def cut(policy: Policy, sampling: Sampling, tokens: int) -> Any:
-        return real(policy, replace(sampling, top_k=3), tokens)
-
-    monkeypatch.setattr(eval.sampling, "_generation_config", cut)
+    monkeypatch.setattr(eval.sampling, "_cuts", lambda sampling: [TopKLogitsWarper(3)])
     with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
         trusted_sampler(tiny_policy())
 

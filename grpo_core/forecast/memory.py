@@ -11,7 +11,7 @@ largest moment, not the sum of all items.
     reference               2 a matrix's weight and 4 any other's under autocast, else 4. Always, where --beta is not 0
     gradients               4 a trained weight. From the backward pass to the update
     half-precision twin     2 a matrix's weight, the head's too. While sampling under autocast
-    keys and values         8 a row, token, layer and key's width: float32, as the stream they come from. While sampling
+    keys and values         4 under autocast, else 8, a row, token, layer and key's width. While sampling
     activations             what a forward pass keeps for the backward pass (`kept_bytes`)
     logits                  of a chunk of tokens, with its log-softmax, entropy and gradients
     head and embedding      their half-precision cast, and gradients that are not yet added up
@@ -187,10 +187,11 @@ def sampling(config: GRPOConfig, shapes: Shapes, half: bool, rows: int, prompts:
         matrices = shapes.adapter + (shapes.head if shapes.tied else 0)
     twin = HALF * matrices if half and config.half_copies else 0.0
     cast = HALF * shapes.head if half and not config.half_copies else 0.0
-    cache = 2 * SINGLE * shapes.keys * shapes.layers * rows * (lengths.prompt + lengths.completion)
+    cache = 2 * (HALF if half else SINGLE) * shapes.keys * shapes.layers * rows * (lengths.prompt + lengths.completion)
     read = (prompts if config.share_prompts else rows) * lengths.prompt
-    # generate's copy of a position's logits, the recorder's, its log-sum-exp, the probabilities; cut or scaled ones.
-    copies = 4 * SINGLE + (SINGLE if config.temperature != 1 else 0) + (HALF if half else 0)
+    # A position's logits, generate's copy of them, and the weights by which a token is drawn; what is cut has two more.
+    cut = config.top_k or config.top_p < 1 or config.min_p
+    copies = (4 if cut else 2) * SINGLE + (HALF if half else SINGLE)
     return {
         "half-precision twin": twin,
         "head and embedding": cast,

@@ -68,7 +68,7 @@ def decode(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> 
     rows = config.prompts_per_step * config.group_size
     width = lengths.prompt + lengths.completion / 2  # on average
     token = forward(shapes, half, config.half_copies, rows, rows * width, rows)
-    cache = 2 * SINGLE * shapes.keys * shapes.layers * rows * width
+    cache = 2 * (HALF if half else SINGLE) * shapes.keys * shapes.layers * rows * width
     return (token + Phase(0, cache)) * lengths.completion
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -154,6 +154,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query, key, value (1, heads, tokens, size) -> (1, tokens, heads, size); without segments, for more rows, too."""
     if not isinstance(attention_mask, RowsMask):
+        if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+            return _next_token(query, key, value, attention_mask, given.get("scaling"), given.get("dropout", 0.0)), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     cut, allowed, of_groups = attention_mask
     # split and cat, whose derivatives are one cat and one split; each slice's own would be a tensor of zeros.
@@ -175,6 +177,17 @@ def _attend(
         out, _ = sdpa_attention_forward(module, q, k, v, mask, **given)
         attended |= dict(enumerate(out[0].split(cut.lengths[prompt:end]), prompt))
     return torch.cat([attended[number] for number in range(len(cut.lengths))])[None], None
+
+
+def _next_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    """One query a row and head (N, H, 1, size) -> (N, 1, H, size). Heads that share a key become its queries, where
+    transformers would copy all keys for each head."""
+    N, H, _, _ = query.shape
+    shared = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    out = scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
+    return out.reshape(N, 1, H, -1)
 
 
 def _rows(pieces: Sequence[Tensor], batch: Sequence[Row], width: int) -> Tensor:

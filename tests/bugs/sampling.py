@@ -33,10 +33,10 @@ BUGS = [
     ),
     Mutation(
         6,
-        "the recorder ignores the temperature",
-        "eval/sampling.py",
-        "self.pending = scores.float() / self.temperature",
-        "self.pending = scores.float()",
+        "the sampler notes log-probabilities without the temperature",
+        "eval/draw.py",
+        "chosen_N1 = (scores.gather(1, token_N1) - highest_N1) / self.temperature",
+        "chosen_N1 = scores.gather(1, token_N1) - highest_N1",
         "The sampler's log-probabilities are not those of its draws, so the comparison that would find the two bugs "
         "above cries wolf, or is switched off.",
         (f"{SAMPLING}test_the_sampler_records_the_logprob_that_the_learner_computes",),
@@ -45,8 +45,8 @@ BUGS = [
         6,
         "transformers' own top-k of 50",
         "eval/sampling.py",
-        "temperature=sampling.temperature, top_k=sampling.top_k, ",
-        "temperature=sampling.temperature, top_k=sampling.top_k or 50, ",
+        "    if sampling.top_k:\n        cuts.append(TopKLogitsWarper(sampling.top_k))",
+        "    if True:\n        cuts.append(TopKLogitsWarper(sampling.top_k or 50))",
         "What `generate` does unless told otherwise in many releases: everything but the 50 likeliest tokens is cut "
         "off, while the learner scores the uncut distribution.",
         (f"{SAMPLING}test_tokens_are_drawn_from_the_whole_vocabulary",),
