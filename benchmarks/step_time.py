@@ -3,105 +3,32 @@
 Takes a workload's steps one after the other and reports, for each phase, the median time, tokens a second, the peak
 memory while it ran, and how close it comes to what this machine's arithmetic and memory traffic allow. Any flag of
 grpo_core.train may follow the workload: `python -m benchmarks.step_time qwen-0.5b --model FOLDER --half_copies False`.
+With `--lengths 64,128,256`: how sampler, learner and reference grow with the completions' length.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 
-import eval.sampling
-import grpo_core.step
-from benchmarks.memory import peak_bytes, reset_peak
+from benchmarks import lengths
+from benchmarks.phases import PHASES, Clock, least_seconds, measured
 from benchmarks.workload import Steps, names, with_start, workload
 from grpo_core.config import GRPOConfig
-from grpo_core.forecast.machine import Ceilings
 from grpo_core.forecast.machine import measured as ceilings_of
-from grpo_core.forecast.memory import GB, Lengths
-from grpo_core.forecast.roofline import phases
+from grpo_core.forecast.memory import GB
 from grpo_core.step import StepReport
 from rewards.tables import markdown
 from sft_core.cli import parser_of, user_errors
 from sft_core.helptext import Help, Parser
-from sft_core.learn.clock import now
-from sft_core.model.shapes import shapes_of
-from sft_core.model.source import find_source
+from sft_core.precision import pick_device, pick_precision
 from sft_core.run.provenance import provenance, shown_flags
-
-PHASES = ("prefill", "decode", "reward", "reference", "learner", "optimizer")
-
-
-@dataclass
-class Clock:
-    """Seconds and peak bytes of each phase of the steps so far. A phase within another (prefill in sampling) takes its
-    time from it."""
-
-    device: torch.device
-    seconds: list[dict[str, float]] = field(default_factory=list)  # step -> phase -> seconds
-    peak: dict[str, int] = field(default_factory=dict)
-
-    def around(self, phase: str, function: Callable[..., Any], outer: str | None = None) -> Callable[..., Any]:
-        """The same function, timed as this phase."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            reset_peak(self.device)
-            began = now(self.device)
-            result = function(*args, **kwargs)
-            took = now(self.device) - began
-            self._add(phase, took)
-            if outer:
-                self._add(outer, -took)
-            self.peak[phase] = max(self.peak.get(phase, 0), peak_bytes(self.device))
-            return result
-
-        return timed
-
-    def _add(self, phase: str, seconds: float) -> None:
-        self.seconds[-1][phase] = self.seconds[-1].get(phase, 0.0) + seconds
-
-
-@contextmanager
-def timed_phases(steps: Steps) -> Iterator[tuple[Steps, Clock]]:
-    """The same steps with a clock around each phase."""
-    learner = steps.learner
-    clock = Clock(learner.policy.device)
-    places: list[tuple[Any, str, str, str | None]] = [
-        (eval.sampling, "prefill_once", "prefill", "decode"),
-        (grpo_core.step, "score_groups", "reward", None),
-        (learner.optimizer, "accumulate", "learner", None),
-        (learner.optimizer, "clip_and_step", "optimizer", None),
-    ]
-    if learner.reference:
-        places.append((learner.reference, "logprobs", "reference", None))
-    with ExitStack() as stack:
-        for owner, name, phase, outer in places:
-            stack.enter_context(patch.object(owner, name, clock.around(phase, getattr(owner, name), outer)))
-        sampler = clock.around("decode", learner.sampler)
-        yield Steps(replace(learner, sampler=sampler), steps.source), clock
-
-
-def measured(steps: Steps, count: int, warm_up: int) -> tuple[Clock, list[StepReport], list[float]]:
-    """Time `count` steps after a warm-up: the clock, the reports, and whole steps' seconds."""
-    reports, whole = [], []
-    with timed_phases(steps) as (clocked, clock):
-        for number in range(warm_up + count):
-            if number == warm_up:
-                clock.seconds.clear()
-            clock.seconds.append({})
-            report = clocked()
-            if number >= warm_up:
-                reports.append(report)
-                whole.append(report.clock.total)
-    return clock, reports, whole
 
 
 def table(clock: Clock, reports: Sequence[StepReport], whole: Sequence[float], least: dict[str, float]) -> str:
@@ -121,19 +48,6 @@ def table(clock: Clock, reports: Sequence[StepReport], whole: Sequence[float], l
     return markdown(rows)
 
 
-def least_seconds(steps: Steps, reports: Sequence[StepReport], ceilings: Ceilings) -> dict[str, float]:
-    """What each phase would take if it ran at a ceiling of the machine, for the lengths that were met."""
-    config, policy = steps.learner.config, steps.learner.policy
-    lengths = Lengths(*(round(_mean_length(reports, name)) for name in ("prompt_len_N", "completion_len_N")))
-    half = policy.precision.autocast_dtype is not None
-    found = phases(config, shapes_of(config, find_source(config)), half, lengths)
-    return {name: phase.seconds(ceilings) for name, phase in found.items()}
-
-
-def _mean_length(reports: Sequence[StepReport], name: str) -> float:
-    return statistics.mean(float(getattr(report.rollout.samples.rows, name).float().mean()) for report in reports)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         [],
@@ -146,17 +60,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("workload", choices=names(), metavar="WORKLOAD", help=", ".join(names()))
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps")
     parser.add_argument("--warm_up", type=int, default=2, metavar="N", help="steps before them")
+    parser.add_argument("--lengths", metavar="N,N,...", help="steps at each of these lengths of completions, in tokens")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report as Markdown, too")
     with user_errors(), tempfile.TemporaryDirectory() as folder:
         options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
         if options.steps < 1 or options.warm_up < 0:
             parser.error("--steps: expected 1 or more; --warm_up: 0 or more")
+        if options.lengths and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.lengths):
+            parser.error(f"--lengths {options.lengths}: expected numbers of tokens, such as 64,128")
         config = workload(options.workload, ["--max_steps", str(options.steps + options.warm_up), *flags])
-        steps = Steps.of(with_start(config, Path(folder)))
-        clock, reports, whole = measured(steps, options.steps, options.warm_up)
-        dtype = steps.learner.policy.precision.autocast_dtype or torch.float32
-        ceilings = ceilings_of(clock.device, dtype)
-        report = table(clock, reports, whole, least_seconds(steps, reports, ceilings))
+        start = with_start(config, Path(folder))
+        device = pick_device(config.device)
+        dtype = pick_precision(config.precision, device).autocast_dtype or torch.float32
+        ceilings = ceilings_of(device, dtype)
+        if options.lengths:
+            found = lengths.by_length(
+                start, [int(n) for n in options.lengths.split(",")], ceilings, options.steps, options.warm_up
+            )
+            report, flags = lengths.table(found), [*flags, "--lengths", options.lengths]
+            if options.output:
+                lengths.draw(options.output.with_suffix(".png"), found)
+        else:
+            steps = Steps.of(start)
+            clock, reports, whole = measured(steps, options.steps, options.warm_up)
+            report = table(clock, reports, whole, least_seconds(steps, reports, ceilings))
     origin = provenance(None)
     text = "\n".join(
         [

@@ -95,7 +95,7 @@ def agrees(family: Family, values: Values | None = None, **options: Any) -> tupl
         losses.append(loss)
 
     # The second update really was off-policy, and away from the reference.
-    assert min(expected.ratios) < 0.97 and max(expected.ratios) > 1.03 and expected.kl > 1e-3
+    assert min(expected.ratios) < 0.99 and max(expected.ratios) > 1.01 and expected.kl > 1e-3
     means, tokens = Tally.of(report).means(), 2 * expected.tokens
     assert means["grpo_loss"] == pytest.approx(fmean(losses), abs=1e-6)
     assert means["entropy"] == pytest.approx(expected.entropy / tokens, rel=1e-5)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import sft_core.model.segments
-from benchmarks.layouts import policy_of, row_of
+from benchmarks.layouts import kept, line_through, policy_of, row_of
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
@@ -86,23 +86,8 @@ def test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart(
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_the_tokens_and_not_with_their_square() -> None:
-    def kept(completions: int) -> int:
-        total: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            total[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        policy = replace(tiny_policy(), logit_chunk=2**14)
-        alive = list(policy.model.parameters())
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            logp_NT, _ = token_logprobs(policy, rows_of({20: [30] * completions}), entropy="none")
-        own = {p.untyped_storage().data_ptr() for p in alive}
-        assert logp_NT.requires_grad
-        return sum(size for pointer, size in total.items() if pointer not in own)
-
-    few, more, most = kept(4), kept(8), kept(16)
+    policy = replace(tiny_policy(), logit_chunk=2**14)
+    few, more, most = (kept(policy, rows_of({20: [30] * completions})) for completions in (4, 8, 16))
     assert most - more == pytest.approx(2 * (more - few), rel=0.02)
 
 
@@ -134,6 +119,12 @@ def test_the_table_of_layouts_counts_their_tokens() -> None:
     cells = row_of(policy, longest=30, prompt=100, repeats=1)
     assert len(cells) == 7 and cells[0] == "30"
     assert cells[-1] == f"{8 * 130 / (100 + 10 + 13 + 16 + 19 + 21 + 24 + 27 + 30):.2f}"
+
+
+def test_a_line_through_bytes_says_how_far_they_are_from_it() -> None:
+    assert line_through([10, 20, 40], [1_020_000, 1_040_000, 1_080_000]).startswith("Kept: 1.0 MB and 2.0 kB a token;")
+    bent = line_through([10, 20, 30], [100, 400, 900])
+    assert "10: -33.3%" in bent and "20: +16.7%" in bent  # -1/3 (33 instead of 100) and 467 instead of 400
 
 
 @pytest.mark.parametrize("masked", [False, True])

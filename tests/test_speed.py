@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import compare_trl, step_time
+from benchmarks import compare_trl, phases, step_time
 from benchmarks.fp16_on_cpu import FP16Products
 from benchmarks.speed.alternation import Pairs, Step
 from benchmarks.speed.report import learning, report, seconds_until
@@ -99,17 +99,41 @@ def test_phases_add_up_to_the_step_and_prefill_is_not_counted_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = Steps.of(workload("tiny", small(tmp_path, "--beta=0.1")))
-    clock, reports, whole = step_time.measured(steps, 3, warm_up=1)
+    clock, reports, whole = phases.measured(steps, 3, warm_up=1)
     assert len(clock.seconds) == len(reports) == len(whole) == 3
     shares = []
     for seconds, total in zip(clock.seconds, whole, strict=True):
-        assert set(seconds) == set(step_time.PHASES) and min(seconds.values()) > 0
+        assert set(seconds) == set(phases.PHASES) and min(seconds.values()) > 0
         shares.append(sum(seconds.values()) / total)
     assert 0.5 < max(shares) <= 1  # a busy machine may hold up a step between its phases, but not each
     step_time.main(["tiny", "--steps=1", "--warm_up=0", "--output", str(tmp_path / "t.md"), *small(tmp_path)])
     printed = capsys.readouterr().out
     assert "| learner |" in printed and "| reference |" not in printed  # beta 0
     assert (tmp_path / "t.md").read_text() in printed + "\n" and str(tmp_path) not in printed
+
+
+@pytest.mark.slow
+def test_steps_by_length_are_a_table_and_a_picture(tmp_path: Path) -> None:
+    report = tmp_path / "by-length.md"
+    flags = ["--steps=1", "--warm_up=0", "--lengths=4,12", "--output", str(report), *small(tmp_path, "--beta=0.1")]
+    step_time.main(["tiny", *flags])
+    lines = [line.split(" | ") for line in report.read_text().splitlines() if line.startswith("| ")]
+    titles = ["sampler", "learner", "reference", "learner, rows apart", "rows apart / one sequence |"]
+    assert lines[0] == ["| longest completion", "mean length", *titles]
+    assert [line[0] for line in lines[2:]] == ["| 4", "| 12"]
+    seconds = [[float(cell.split(" s")[0]) for cell in line[2:6]] for line in lines[2:]]
+    assert all(number > 0 for number in seconds[0]) and (tmp_path / "by-length.png").stat().st_size > 5000
+    ratio, learner, apart = float(lines[2][6].rstrip(" |")), seconds[0][1], seconds[0][3]
+    assert ratio == pytest.approx(apart / learner, rel=0.05)  # seconds have three digits
+
+
+@pytest.mark.parametrize("lengths", ["0", "64,", "long"])
+def test_lengths_that_are_no_numbers_of_tokens_end_in_one_line(
+    lengths: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        step_time.main(["tiny", "--lengths", lengths])
+    assert ended.value.code == 2 and "expected numbers of tokens" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_of_a_benchmark_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
