@@ -16,10 +16,10 @@ import grpo_core.step
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.workload import Steps
 from grpo_core.forecast.machine import Ceilings
-from grpo_core.forecast.memory import Lengths
 from grpo_core.forecast.roofline import phases
 from grpo_core.step import StepReport
 from sft_core.learn.clock import now
+from sft_core.learn.footprint import Lengths
 from sft_core.model.shapes import shapes_of
 from sft_core.model.source import find_source
 

@@ -22,11 +22,11 @@ from benchmarks.phases import PHASES, Clock, least_seconds, measured
 from benchmarks.workload import Steps, names, with_start, workload
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.machine import measured as ceilings_of
-from grpo_core.forecast.memory import GB
 from grpo_core.step import StepReport
 from rewards.tables import markdown
 from sft_core.cli import parser_of, user_errors
 from sft_core.helptext import Help, Parser
+from sft_core.learn.footprint import GB
 from sft_core.precision import pick_device, pick_precision
 from sft_core.run.provenance import provenance, shown_flags
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grpo_core import train
 from grpo_core.config import GRPOConfig
+from grpo_core.forecast.memory import fitted
 from grpo_core.job import prepare
 from grpo_core.step import Learner, StepReport, grpo_step
 from grpo_core.warmstart import tiny_sft
@@ -38,7 +39,7 @@ def with_start(config: GRPOConfig, folder: Path) -> GRPOConfig:
     if config.model == "tiny":
         return replace(config, model=str(tiny_sft(config)))
     if config.from_scratch:
-        policy = load_policy(replace(config, device="cpu"))
+        policy = load_policy(replace(config, device="cpu", keep_freed_memory=False))
         policy.save(folder)
         return replace(config, model=str(folder), from_scratch=False, config_overrides=[])
     return config
@@ -55,8 +56,8 @@ class Steps:
     def of(cls, config: GRPOConfig) -> Steps:
         job = prepare(config)
         assert job.source is not None, "with_start comes first"
-        prompts = train.PromptSource(job.task, config.seed)
-        learner = job.learner(job.source, prompts)
+        prompts, fit = train.PromptSource(job.task, config.seed), fitted(config, job.source)
+        learner = replace(job, config=fit.config).learner(job.source, prompts, fit.micro_batch)
         learner.policy.model.train()
         return cls(learner, prompts)
 

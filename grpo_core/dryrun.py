@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from eval.trust import trusted
 from grpo_core.forecast.hours import hours_line
-from grpo_core.forecast.memory import Lengths, forecast
+from grpo_core.forecast.memory import fitted
 from grpo_core.job import GRPOJob
 from grpo_core.recipes import objective_line
 from grpo_core.scoring import unearned
 from grpo_core.warmstart import tiny_sft_folder
+from sft_core.learn.footprint import Lengths
+from sft_core.learn.recovery import size_text
 from sft_core.model.source import find_source
 from sft_core.run.plan_lines import (
     answers_text,
@@ -43,6 +45,7 @@ def grpo_plan(job: GRPOJob) -> str:
     B, G, T = config.prompts_per_step, config.group_size, config.max_completion_tokens
     with loaded(config, job.source, built_in) as (policy, source):
         trusted(policy)
+        fit = fitted(config, source)
         prompts = prompt_lengths(policy, task, config)
         expected = Lengths(round(mean(prompts)), T)
         looks = evaluations_at(config.eval_every, steps, first=True) if task.heldout else []
@@ -55,13 +58,13 @@ def grpo_plan(job: GRPOJob) -> str:
             "rewards": "; ".join([" + ".join(rewards), *unearned(job.rewards, task.train[0], config)]),
             "objective": objective_line(config),
             "steps": f"{steps:,} of {B} prompts x {G} completions{passes(task, B, steps)}{updates}, "
-            f"{min(config.micro_batch, B * G)} rows at a time; {rate_text(config, steps)}; beta {config.beta:g}",
+            f"{size_text(fit.micro_batch, B * G)} at a time; {rate_text(config, steps)}; beta {config.beta:g}",
             "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; completions of {T} at most: up to "
             f"{B * G * T:,} a step, {steps * B * G * T:,} in all",
             "evaluations": f"of {len(task.heldout)} held-out problems, {answers_text(config.eval_samples)}, "
             f"{steps_text(looks)}",
             "time": hours_line(config, source, expected, steps, len(looks)),
-            "memory": forecast(config, source).removeprefix("memory: ") + f", on {policy.device}",
+            "memory": fit.line.removeprefix("memory: ") + f", on {policy.device}",
             "folder": folder_line(config, "grpo", steps),
         }
     return plan_text(lines)

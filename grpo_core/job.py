@@ -15,6 +15,7 @@ from grpo_core.scoring import REWARD_COLUMNS
 from grpo_core.step import Learner, sample_and_score
 from rewards import Reward, check_signatures, load_rewards
 from sft_core.learn.optim import Optimizer
+from sft_core.learn.rows import Tokens
 from sft_core.model.policy import load_policy, load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.hub import check_run_push
@@ -37,13 +38,13 @@ class GRPOJob:
         config = self.config
         return config.max_steps or math.ceil(config.epochs * (self.task.size or 0) / config.prompts_per_step)
 
-    def learner(self, source: Source, more: Draw) -> Learner:
+    def learner(self, source: Source, more: Draw, micro_batch: int | Tokens) -> Learner:
         """Seed, load the policy, and copy the reference from it. `more` draws further prompts."""
         config = self.config
         set_seed(config.seed)
         policy = trusted(load_policy(config, source))
         reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
-        optimizer = Optimizer(policy, config, self.steps * config.mu)
+        optimizer = Optimizer(policy, config, self.steps * config.mu, micro_batch)
         roll_out = replacing_equal_groups(more) if config.dynamic_sampling else sample_and_score
         return Learner(config, policy, reference, self.rewards, optimizer, roll_out=roll_out)
 

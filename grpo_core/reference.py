@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_core.learn.rows import Rows
+from sft_core.learn.rows import Rows, Tokens
 from sft_core.learn.scored import scored
 from sft_core.model.half import halve
 from sft_core.model.policy import Policy, is_adapted
@@ -43,7 +43,7 @@ class Reference:
             if policy.half_dtype and not sync_every:
                 halve(self.policy.model, policy.half_dtype)
 
-    def logprobs(self, rows: Rows, temperature: float, micro_batch: int) -> Tensor:
+    def logprobs(self, rows: Rows, temperature: float, micro_batch: int | Tokens) -> Tensor:
         """log pi_ref of each completion token, (N, T), 0 on padding; without gradient."""
         with self._active():
             return scored(self.policy, rows, temperature, micro_batch, entropy="none")[0]

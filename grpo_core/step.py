@@ -119,8 +119,9 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
 
     rollout = learner.roll_out(learner, examples, clock)
 
+    size = optimizer.micro_batch
     rows = variants.ended_rows(rollout.samples) if config.mask_truncated else rollout.samples.rows
-    kept_NT = variants.kept_tokens(policy, rows, config) if config.top_entropy < 1 else rows.mask_NT
+    kept_NT = variants.kept_tokens(policy, rows, config, size) if config.top_entropy < 1 else rows.mask_NT
     advantage_BG = advantages(rollout, config)
     advantage_NT = token_advantages(advantage_BG, kept_NT, policy.logp_dtype)
     mask_NT, aggregation = rows.mask_NT.to(policy.logp_dtype), config.objective.aggregation
@@ -128,7 +129,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
     clock.lap("reward")
 
     if learner.reference:
-        ref_logp_NT = learner.reference.logprobs(rows, config.temperature, optimizer.micro_batch)
+        ref_logp_NT = learner.reference.logprobs(rows, config.temperature, size)
     clock.lap("reference")
 
     old_logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)

@@ -22,7 +22,7 @@ from grpo_core.completions import Pieces, completion_records, token_records
 from grpo_core.config import GRPOConfig
 from grpo_core.doctor.watch import Watch
 from grpo_core.dryrun import grpo_plan
-from grpo_core.forecast.memory import forecast
+from grpo_core.forecast.memory import fitted
 from grpo_core.job import GRPOJob, prepare
 from grpo_core.metrics import step_record
 from grpo_core.scoring import unearned
@@ -128,6 +128,7 @@ class GRPORun:
                 epoch = self.prompts.position / task.size if task.size else 0.0
                 about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
                 about |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
+                about |= report.rows.fullness(optimizer.micro_batch)
                 self.folder.log("train", step, {**about, **record})
             completions = completion_records(step, report)
             append_jsonl(self.folder.path / "completions.jsonl", completions)
@@ -202,11 +203,12 @@ def begin(job: GRPOJob) -> GRPORun | None:
 def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
     config = job.config
     source = job.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
-    print(forecast(config, source))
+    fit = fitted(config, source)
+    print(fit.line)
     for line in unearned(job.rewards, job.task.train[0], config):
         print(f"note: {line}")
     prompts = PromptSource(job.task, config.seed)
-    learner = job.learner(source, prompts)
+    learner = replace(job, config=fit.config).learner(source, prompts, fit.micro_batch)
     parts: dict[str, Part] = {"prompts": prompts}
     if learner.reference:
         parts["reference"] = learner.reference

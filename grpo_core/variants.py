@@ -15,7 +15,7 @@ from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.objective import group_advantages
 from rewards import Scores
-from sft_core.learn.rows import Rows
+from sft_core.learn.rows import Rows, Tokens
 from sft_core.learn.scored import scored
 from sft_core.model.policy import Policy
 
@@ -141,13 +141,13 @@ def ended_rows(samples: Samples) -> Rows:
     return samples.rows.without_completions(samples.truncated_N)
 
 
-def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig) -> Tensor:
+def kept_tokens(policy: Policy, rows: Rows, config: GRPOConfig, micro_batch: int | Tokens) -> Tensor:
     """mask_NT of the tokens that the advantage acts on: the completions' `top_entropy` share.
 
     Which tokens those are is decided once, over the whole step, under the policy that sampled them. TRL decides again
     in each micro-batch of each update (grpo_trainer.py 1.16.0, line 3050), so that its gradient depends on their size.
     """
-    _, entropy_NT = scored(policy, rows, config.temperature, config.micro_batch, entropy="value")
+    _, entropy_NT = scored(policy, rows, config.temperature, micro_batch, entropy="value")
     return high_entropy_tokens(entropy_NT, rows.mask_NT, config.top_entropy)
 
 

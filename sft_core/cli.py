@@ -60,8 +60,18 @@ def parser_of(cls: type, names: Sequence[str] = (), default_preset: str | None =
             action.help = argparse.SUPPRESS  # it is told beside the switch that it turns off
         if action.dest == "resume":
             action.nargs, action.const = "?", NEWEST
+        if action.dest == "micro_batch":
+            action.type = rows_or_auto
     parser.add_argument("--config", type=Path, help="a YAML file of `flag: value` lines; flags override it")
     return parser
+
+
+def rows_or_auto(text: str) -> int:
+    """0 is auto."""
+    try:
+        return 0 if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, or a number of rows") from None
 
 
 def preset_names(presets: Path | None) -> list[str]:

@@ -93,6 +93,16 @@ class ModelConfig:
         require(not missing, "use_4bit", True, "the bitsandbytes package: pip install '.[quant]'")
 
 
+def size_of(text: str) -> int:
+    """In bytes; 0 for what is no size.
+
+    >>> size_of("15GiB"), size_of("1.5 GB"), size_of("much")
+    (16106127360, 1500000000, 0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])(i?)B", text, re.ASCII)
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMG".index(found[2]) + 1)) if found else 0
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimizer: AdamW, a learning rate schedule, gradient clipping."""
@@ -110,7 +120,10 @@ class OptimConfig:
     max_skipped: int = flag(5, "the run ends after N steps in a row whose loss or gradient is not finite")
     max_steps: int = flag(0, "steps to train for; 0: see --epochs")
     epochs: float = flag(1.0, "passes over the training problems if --max_steps is 0")
-    micro_batch: int = flag(8, "rows per forward and backward pass; never changes the gradient")
+    micro_batch: int = flag(
+        0, "rows per forward and backward pass; auto (0): tokens, as memory allows; never changes the gradient"
+    )
+    memory: str = flag("", "what --micro_batch auto may plan for, such as 15GiB; empty: the memory that is free")
     offload_optimizer: str = flag(
         "", "where AdamW's moments are kept between steps: cpu (for CUDA), or a folder for memory-mapped files"
     )
@@ -126,8 +139,10 @@ class OptimConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         for name in ("max_grad_norm", "weight_decay", "max_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("micro_batch", "max_skipped"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.micro_batch >= 0, "micro_batch", self.micro_batch, "auto, or 1 or more")
+        require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
+        require(not self.memory or bool(size_of(self.memory)), "memory", self.memory, "a size such as 15GiB or 800MB")
+        require(not (self.memory and self.micro_batch), "memory", self.memory, "only together with --micro_batch auto")
         require(
             self.offload_optimizer in ("", "cpu") or Path(self.offload_optimizer).is_dir(),
             "offload_optimizer",
@@ -146,7 +161,15 @@ FREE_ON_RESUME = (
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
     "record_tokens",
-    *("max_skipped", "micro_batch", "offload_optimizer", "keep_freed_memory", "reward_timeout", "eval_batch_size"),
+    *(
+        "max_skipped",
+        "micro_batch",
+        "memory",
+        "offload_optimizer",
+        "keep_freed_memory",
+        "reward_timeout",
+        "eval_batch_size",
+    ),
     "eval_samples",
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses
 )

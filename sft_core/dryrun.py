@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sft_core.job import SFTJob
+from sft_core.job import SFTJob, plan
+from sft_core.learn.fit import fitted
+from sft_core.learn.recovery import size_text
 from sft_core.learn.trust import trusted_learner
 from sft_core.run.plan_lines import (
     evaluations_at,
@@ -11,7 +13,6 @@ from sft_core.run.plan_lines import (
     lengths_text,
     loaded,
     mean,
-    memory_line,
     model_line,
     passes,
     plan_text,
@@ -27,8 +28,9 @@ from sft_core.text.prompts import FORMATS, demonstration, encode_completion, is_
 def sft_plan(job: SFTJob) -> str:
     """What `job` would do."""
     config, task, steps = job.config, job.task, job.steps
-    with loaded(config, job.source) as (policy, _):
+    with loaded(config, job.source) as (policy, source):
         trusted_learner(policy)
+        fit = fitted(config, source, plan)
         prompts = prompt_lengths(policy, task, config)
         fmt, eos = FORMATS[config.prompt_format], policy.eos_ids[0]
         texts = [demonstration(e, fmt, is_terse(e, config.worked_share)) for e in some(task)]
@@ -41,12 +43,12 @@ def sft_plan(job: SFTJob) -> str:
             "first": first_line(policy, some(task), config),
             "model": model_line(config, policy),
             "steps": f"{steps:,} of {config.batch_size} demonstrations{passes(task, config.batch_size, steps)}, "
-            f"{min(config.micro_batch, config.batch_size)} rows at a time; {rate_text(config, steps)}",
+            f"{size_text(fit.micro_batch, config.batch_size)} at a time; {rate_text(config, steps)}",
             "tokens": f"prompts {lengths_text(prompts, config.max_prompt_tokens)}; demonstrations "
             f"{lengths_text(wanted, config.max_completion_tokens)}; about {a_step:,.0f} a step, "
             f"{steps * a_step:,.0f} in all",
             "evaluations": f"the loss on {len(task.heldout)} held-out problems, {steps_text(looks)}",
-            "memory": memory_line(policy),
+            "memory": fit.line.removeprefix("memory: ") + f", on {policy.device}",
             "folder": folder_line(config, "sft", job.steps),
         }
     return plan_text(lines)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require
+from sft_core.learn.footprint import Lengths, Plan, learner_moments, micro_batches, standing
+from sft_core.learn.rows import Tokens
 from sft_core.model.policy import load_tokenizer
+from sft_core.model.shapes import Shapes
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.hub import check_run_push
 from sft_core.text.config import TaskConfig
@@ -38,6 +41,14 @@ class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
             self.max_steps,
             f"more than 0: the {self.task} task has no end",
         )
+
+
+def plan(config: SFTConfig, shapes: Shapes, half: bool, kind: str, micro_batch: int | Tokens) -> Plan:
+    """The memory of a step on the longest rows that the config admits; `half`: under autocast; `kind`: cpu or cuda."""
+    lengths = Lengths(config.max_prompt_tokens, config.max_completion_tokens)
+    batches = micro_batches(config.batch_size, 1, lengths, config.share_prompts and shapes.packs, micro_batch)
+    always = standing(config, shapes, half, kind, batches)
+    return Plan(learner_moments(config, shapes, half, kind, batches, always, entropy=False))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from transformers import set_seed
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.dryrun import sft_plan
 from sft_core.errors import Refused
-from sft_core.job import SFTConfig, SFTJob, prepare
+from sft_core.job import SFTConfig, SFTJob, plan, prepare
 from sft_core.learn.clock import Stopwatch, step_bar
+from sft_core.learn.fit import fitted
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
-from sft_core.learn.rows import Rows, pack_rows
+from sft_core.learn.rows import Rows, Tokens, pack_rows
 from sft_core.learn.trust import trusted_learner
 from sft_core.model.policy import Policy, is_adapted, load_policy
 from sft_core.model.source import find_source
@@ -86,14 +87,11 @@ def sft_step(policy: Policy, optimizer: Optimizer, rows: Rows) -> dict[str, floa
 
 
 @torch.no_grad()
-def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig) -> float:
+def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig, size: int | Tokens) -> float:
     """Mean negative log-probability per demonstration token on held-out problems."""
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
-    total = sum(
-        float(token_logprobs(policy, micro, entropy="none")[0].sum())
-        for _, micro in rows.micro_batches(config.micro_batch)
-    )
+    total = sum(float(token_logprobs(policy, micro, entropy="none")[0].sum()) for _, micro in rows.micro_batches(size))
     policy.model.train()
     return -total / float(rows.completion_len_N.sum())
 
@@ -147,7 +145,9 @@ class SFTRun:
         config, heldout = self.job.config, self.job.task.heldout
         due = step == self.job.steps or (step and config.eval_every and step % config.eval_every == 0)
         if heldout and due and step not in self.folder.evaluations:
-            self.folder.log("eval", step, {"heldout_loss": heldout_loss(self.policy, heldout, config)})
+            self.folder.log(
+                "eval", step, {"heldout_loss": heldout_loss(self.policy, heldout, config, self.optimizer.micro_batch)}
+            )
 
 
 def begin(job: SFTJob) -> SFTRun | None:
@@ -168,10 +168,13 @@ def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
     if not job.source:
         with not_saved(folder.path / "base"):
             base = str(build_tiny(folder.path / "base", config.seed))
-    policy = trusted_learner(load_policy(config, job.source or find_source(replace(config, model=base))))
+    source = job.source or find_source(replace(config, model=base))
+    fit = fitted(config, source, plan)
+    print(fit.line)
+    policy = trusted_learner(load_policy(fit.config, source))
     # Weights that no checkpoint holds: those below an adapter.
     identity = {"task": job.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
-    optimizer = Optimizer(policy, config, job.steps)
+    optimizer = Optimizer(policy, fit.config, job.steps, fit.micro_batch)
     progress = Progress(folder, config, policy, optimizer, {}, identity)
     folder.note(checks=policy.checks)
     return SFTRun(job, folder, policy, optimizer, progress)

@@ -18,11 +18,11 @@ from eval.config import EvalConfig
 from eval.export import ExportConfig
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.machine import machine
-from grpo_core.forecast.memory import GB, Lengths
 from grpo_core.recipes import RECIPES
 from grpo_core.train import PRESETS
 from rewards.tables import markdown
 from sft_core.job import SFTConfig
+from sft_core.learn.footprint import GB, Lengths
 from sft_core.model.source import Source
 from sft_core.names import REFUSED, SAME, SHARED, Same
 

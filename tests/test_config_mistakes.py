@@ -106,7 +106,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(presets: Path) -> Non
         (["--weight_decay", "-1"], "0 or more"),
         (["--max_grad_norm", "-1"], "0 or more"),
         (["--epochs", "0"], "more than 0 (or --max_steps)"),
-        (["--micro_batch", "0"], "1 or more"),
+        (["--micro_batch", "-1"], "auto, or 1 or more"),
         (["--seed", "-1"], "0 to 2**32 - 1"),
         (["--log_every", "0"], "1 or more"),
         (["--keep_last", "-1"], "0 or more"),

@@ -79,7 +79,7 @@ def mean_gradient_of_grpo_step(estimator: Estimator, policy: Policy) -> Tensor:
         return [float(estimator.reward_R[int(text)]) for text in completions]
 
     reference = Reference(estimator.reference) if estimator.reference else None
-    catcher = GradientCatcher(policy, config.micro_batch)
+    catcher = GradientCatcher(policy, 8)
     for row_N in row_SN:
         drawn = here.samples(row_N, logp_RT)
         rewards = [Reward("reward", pay)]

@@ -126,7 +126,7 @@ def test_microbatching_leaves_the_choice_of_high_entropy_tokens_unchanged_in_flo
     policy, config = policy_of(family, torch.float32), config_of("top_entropy")
     for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         one_by_one, by_threes, whole = (
-            kept_tokens(policy, samples_of(family).rows, replace(config, top_entropy=share, micro_batch=micro_batch))
+            kept_tokens(policy, samples_of(family).rows, replace(config, top_entropy=share), micro_batch)
             for micro_batch in (1, 3, 8)
         )
         assert torch.equal(one_by_one, whole) and torch.equal(by_threes, whole)

@@ -76,8 +76,8 @@ def test_choosing_tokens_by_entropy_costs_one_more_forward_pass_and_not_choosing
 def test_the_kept_tokens_are_chosen_over_the_whole_step_and_once() -> None:
     policy = tiny_policy()
     rows = random_rows(policy)
-    assert torch.equal(kept_tokens(policy, rows, grpo_config()), rows.mask_NT)
-    kept = kept_tokens(policy, rows, grpo_config(top_entropy=0.3, micro_batch=1))
+    assert torch.equal(kept_tokens(policy, rows, grpo_config(), 8), rows.mask_NT)
+    kept = kept_tokens(policy, rows, grpo_config(top_entropy=0.3), 1)
     assert 4 <= kept.sum() <= 5 and not (kept & ~rows.mask_NT).any()  # of 14, not a share of each row
     assert not kept.requires_grad
 

@@ -11,8 +11,9 @@ import pytest
 from benchmarks.plan.question import alternatives, answer, question_of, savings
 from benchmarks.workload import workload
 from grpo_core.config import GRPOConfig
-from grpo_core.forecast.memory import GB, Batch, Lengths, kept_bytes, micro_batches, plan
+from grpo_core.forecast.memory import batches_of, plan
 from sft_core.config import ModelConfig
+from sft_core.learn.footprint import GB, Batch, Lengths, kept_bytes
 from sft_core.learn.offload import PIECE
 from sft_core.model.shapes import Shapes
 from sft_core.model.source import Source, find_source
@@ -163,7 +164,7 @@ def test_keys_and_values_are_8_bytes_a_row_token_layer_and_width() -> None:
     ],
 )
 def test_micro_batches_are_packed_as_the_learner_packs_them(values: Any, expected: list[tuple[int, int, int]]) -> None:
-    batches = micro_batches(small(**values), ROUND, LENGTHS)
+    batches = batches_of(small(**values), ROUND, LENGTHS)
     assert [(batch.tokens, batch.attended, batch.predicted) for batch in batches] == expected
 
 

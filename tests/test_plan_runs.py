@@ -12,16 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import benchmarks.plan.__main__
-import grpo_core.forecast.memory
 from benchmarks.plan.check import run
 from benchmarks.plan.question import answer, question_of, steps_of
 from benchmarks.plan.sizes import known_shape
 from benchmarks.workload import workload
 from grpo_core.forecast.hours import least_hours
 from grpo_core.forecast.machine import GPUS, Ceilings, machine, measured
-from grpo_core.forecast.memory import GB, Batch, forecast, kept_bytes
+from grpo_core.forecast.memory import fitted
 from grpo_core.forecast.roofline import Phase, decode, phases, prefill
 from sft_core.config import ModelConfig
+from sft_core.learn.footprint import GB, Batch, kept_bytes
 from sft_core.learn.layout import pack
 from sft_core.learn.rows import pack_rows
 from sft_core.model.segments import attend_by_segments, attending_by, layouts
@@ -153,13 +153,11 @@ def test_the_program_answers_for_the_built_in_model(capsys: pytest.CaptureFixtur
         assert word in out
 
 
-def test_a_forecast_reads_no_weights_and_never_stops_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forecast_reads_no_weights(folder: Path) -> None:
     config, source = source_of(folder)
     config = small(model=str(folder), device="cpu")
     only_its_config = replace(source, base="no such folder")
-    assert forecast(config, only_its_config).startswith("memory: about 0.")
-    monkeypatch.setattr(grpo_core.forecast.memory, "shapes_of", lambda *_: {}["a recurrent model"])
-    assert forecast(config, only_its_config) == "memory: no forecast for this model (KeyError: 'a recurrent model')"
+    assert fitted(config, only_its_config).line.startswith("memory: about 0.")
 
 
 # ------------------------------------------------------------------------------------------------------------- machine

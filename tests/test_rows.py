@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_core.learn.rows import Rows, pack_rows, pad
+from sft_core.learn.rows import Rows, Tokens, pack_rows, pad
 from tests.helpers import attention_of, random_rows, tiny_policy, widened
 
 EOS = PAD = 2
@@ -48,17 +48,51 @@ def test_more_padding_changes_no_token() -> None:
 
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=5)
+sizes = st.integers(1, 8) | st.builds(Tokens, st.integers(1, 40), st.booleans())
 
 
-@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=7), st.integers(0, 3), st.integers(1, 8))
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=7), st.integers(0, 3), sizes)
 def test_micro_batches_hold_every_row_once_whatever_their_size(
-    pairs: list[tuple[list[int], list[int]]], pad_id: int, size: int
+    pairs: list[tuple[list[int], list[int]]], pad_id: int, size: int | Tokens
 ) -> None:
     rows = pack_rows([p for p, _ in pairs], [c for _, c in pairs], pad_id)
     cut = list(rows.micro_batches(size))
     assert [i for at, _ in cut for i in range(at.start, at.stop)] == list(range(len(pairs)))
     assert [pair for _, micro in cut for pair in own_tokens(micro)] == pairs
-    assert all(len(micro) == at.stop - at.start <= size for at, micro in cut)
+    assert all(len(micro) == at.stop - at.start for at, micro in cut)
+    assert isinstance(size, Tokens) or all(len(micro) <= size for _, micro in cut)
+
+
+# Two prompts of 3 and one of 2 tokens; the first is shared.
+GROUPS = pack_rows([[5, 6, 7]] * 3 + [[8, 9, 5]] + [[4, 4]], [[1], [1] * 4, [1] * 2, [1] * 5, [1] * 3], pad_id=0)
+
+
+def parts(rows: Rows, size: Tokens) -> list[tuple[int, int]]:
+    return [(at.start, at.stop) for at, _ in rows.micro_batches(size)]
+
+
+def test_tokens_count_a_shared_prompt_once_and_padding_where_rows_lie_apart() -> None:
+    shared, padded = GROUPS.tokens(padded=False), GROUPS.tokens(padded=True)
+    assert shared(0, 3) == 3 + 1 + 4 + 2 and shared(1, 3) == 3 + 4 + 2 and shared(0, 5) == 10 + 8 + 5
+    assert padded(0, 3) == 3 * (3 + 4) and padded(4, 5) == 5
+
+
+def test_micro_batches_of_tokens_hold_no_more_than_that_and_are_about_equal() -> None:
+    assert parts(GROUPS, Tokens(100)) == [(0, 5)]
+    assert parts(GROUPS, Tokens(18)) == [(0, 3), (3, 5)]  # 10 and 13: filled to the brim the first would have 18
+    assert parts(GROUPS, Tokens(9)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert parts(GROUPS, Tokens(1)) == [(n, n + 1) for n in range(5)]  # a row is never cut
+
+
+def test_fullness_is_what_micro_batches_hold_of_what_they_may() -> None:
+    assert GROUPS.fullness(2) == {"micro_batches": 3, "micro_batch_fill": 5 / 6}
+    assert GROUPS.fullness(Tokens(18)) == {"micro_batches": 2, "micro_batch_fill": (10 + 13) / 36}
+    assert GROUPS.fullness(Tokens(100)) == {"micro_batches": 1, "micro_batch_fill": 0.23}
+
+
+def test_equal_ids_behind_unlike_padding_are_not_one_prompt() -> None:
+    rows = pack_rows([[0, 7], [7]], [[1], [1]], pad_id=0)  # the second is padded with the first's own token
+    assert rows.tokens(padded=False)(0, 2) == 2 + 1 + 1 + 1
 
 
 def test_a_micro_batch_pays_for_no_other_rows_padding() -> None:

@@ -205,7 +205,14 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_its_file(run: Path) 
 
 CHANGED = {"lr": "0.5", "group_size": "4", "seed": "1", "beta": "0.5", "task": "gsm8k"}
 FREE = {"save_every": "7m", "keep_last": "0", "eval_every": "5", "log_every": "9", "tensorboard": "False"}
-FREE |= {"micro_batch": "3", "reward_timeout": "9", "eval_batch_size": "5", "progress": "False", "show_every": "0"}
+FREE |= {
+    "micro_batch": "0",
+    "memory": "2GB",
+    "reward_timeout": "9",
+    "eval_batch_size": "5",
+    "progress": "False",
+    "show_every": "0",
+}
 FREE |= {"eval_samples": "3", "offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
 FREE |= {"device": "cpu", "precision": "bf16", "track": "wandb"}  # tests/test_resume.py: `auto` may find another one
 FREE |= {"max_steps": "7", "epochs": "2.0", "push_to_hub": "me/model", "private": "True", "record_tokens": "False"}

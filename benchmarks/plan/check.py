@@ -14,8 +14,8 @@ from benchmarks.memory import peak_bytes
 from benchmarks.plan.question import question_of
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
-from grpo_core.forecast.memory import GB
 from rewards.tables import markdown
+from sft_core.learn.footprint import GB
 from sft_core.run.provenance import as_line, provenance
 
 STEPS = 2  # AdamW's moments appear in the first; the second is the peak

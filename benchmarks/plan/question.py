@@ -13,9 +13,11 @@ from benchmarks.plan.sizes import known_shape
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.hours import RECORDED, Hours, duration, least_hours
 from grpo_core.forecast.machine import GPUS, Machine, machine
-from grpo_core.forecast.memory import GB, Lengths, Plan, plan
+from grpo_core.forecast.memory import plan
 from grpo_core.forecast.roofline import phases
 from rewards.tables import markdown
+from sft_core.learn.fit import fit
+from sft_core.learn.footprint import GB, Lengths, Plan
 from sft_core.model.shapes import Shapes, shapes_of
 from sft_core.model.source import Source, find_source
 from sft_core.run.plan_lines import evaluations_at
@@ -57,7 +59,16 @@ class Question:
 
     @property
     def plan(self) -> Plan:
-        return plan(self.config, self.shapes, self.half, self.where.kind, self.lengths)
+        """Under --micro_batch auto with what it would choose there."""
+        shapes, found = self.shapes, self.where
+        chosen = fit(
+            self.config,
+            found.kind,
+            found.memory,
+            lambda config, size: plan(config, shapes, self.half, found.kind, self.lengths, size),
+        )
+        assert chosen.plan
+        return chosen.plan
 
 
 def answer(question: Question) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.alternation import Pairs, Step
-from grpo_core.forecast.memory import GB
 from rewards.tables import markdown
+from sft_core.learn.footprint import GB
 from sft_core.run.provenance import provenance, shown_flags
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the mean reward

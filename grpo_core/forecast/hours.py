@@ -8,8 +8,8 @@ import torch
 
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.machine import Ceilings, machine
-from grpo_core.forecast.memory import Lengths
 from grpo_core.forecast.roofline import decode, phases, prefill
+from sft_core.learn.footprint import Lengths
 from sft_core.model.shapes import Shapes, shapes_of
 from sft_core.model.source import Source
 

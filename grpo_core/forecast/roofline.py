@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.machine import Ceilings
-from grpo_core.forecast.memory import HALF, SINGLE, Batch, Lengths, kept_bytes, micro_batches
+from grpo_core.forecast.memory import batches_of
+from sft_core.learn.footprint import HALF, SINGLE, Batch, Lengths, kept_bytes
 from sft_core.model.shapes import Shapes
 
 LOGIT_PASSES = 6  # times that a chunk's logits are read or written in a forward pass; as many in its backward pass
@@ -44,7 +45,7 @@ def phases(config: GRPOConfig, shapes: Shapes, half: bool, lengths: Lengths) -> 
     """The phases of a step in their order, those that there are. The way of offloaded moments, over a bus or from a
     disk, is not counted."""
     found = {"prefill": prefill(config, shapes, half, lengths), "decode": decode(config, shapes, half, lengths)}
-    batches = micro_batches(config, shapes, lengths)
+    batches = batches_of(config, shapes, lengths)
     if config.beta:
         halved = half and config.half_copies and not shapes.adapter and not config.ref_sync_every
         found["reference"] = _total(forward(shapes, half, halved, b.tokens, b.pairs, b.predicted) for b in batches)

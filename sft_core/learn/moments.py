@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sft_core.learn.offload import OffloadedAdamW
+from sft_core.learn.rows import Tokens
 
 
 class Saved:
@@ -18,13 +20,16 @@ class Saved:
     offloaded: OffloadedAdamW | None
     schedule: Any
     scaler: torch.amp.GradScaler
-    micro_batch: int
+    micro_batch: int | Tokens
     skipped: int
     skipped_in_a_row: int
 
     def numbers(self) -> dict[str, Any]:
         """Everything but the moments: the schedule, the scaler, the counters."""
-        counted = {"skipped": self.skipped, "in_a_row": self.skipped_in_a_row, "micro_batch": self.micro_batch}
+        size = self.micro_batch
+        unit = "micro_batch" if isinstance(size, int) else "micro_batch_tokens"
+        counted = {"skipped": self.skipped, "in_a_row": self.skipped_in_a_row}
+        counted[unit] = size if isinstance(size, int) else size.count
         return {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(), **counted}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -41,7 +46,11 @@ class Saved:
         self._set_rates()
         self.scaler.load_state_dict(numbers["scaler"])
         self.skipped, self.skipped_in_a_row = numbers["skipped"], numbers["in_a_row"]
-        self.micro_batch = min(self.micro_batch, numbers["micro_batch"])
+        if isinstance(self.micro_batch, int):
+            self.micro_batch = min(self.micro_batch, numbers.get("micro_batch", self.micro_batch))
+        else:
+            count = self.micro_batch.count
+            self.micro_batch = replace(self.micro_batch, count=min(count, numbers.get("micro_batch_tokens", count)))
         for i, parameter in enumerate(self.parameters):
             if f"{i}.step" in tensors:
                 moments = [torch.cat(_pieces_of(tensors, f"{i}.{name}")) for name in ("exp_avg", "exp_avg_sq")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from sft_core.config import OptimConfig
 from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
-from sft_core.learn.rows import Rows
+from sft_core.learn.rows import LARGEST, Rows, Tokens
 from sft_core.model.policy import Policy
 
 Learned = TypeVar("Learned")
@@ -24,12 +25,18 @@ Learned = TypeVar("Learned")
 class Optimizer(Recovery, Saved):
     """Turns what `loss.backward()` leaves in `.grad` into a step. `lr` is the rate that the next step will use."""
 
-    def __init__(self, policy: Policy, config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self, policy: Policy, config: OptimConfig, total_steps: int, micro_batch: int | Tokens | None = None
+    ) -> None:
+        """`micro_batch`: what memory allows under --micro_batch auto, by default as much as is ever of use."""
         super().__init__()
         decayed = [p for name, p in policy.trainable() if p.ndim >= 2]
         kept = [p for name, p in policy.trainable() if p.ndim < 2]  # biases and norms
         self.parameters = decayed + kept
-        self.micro_batch, self.max_skipped = config.micro_batch, config.max_skipped
+        self.micro_batch = micro_batch or config.micro_batch or LARGEST
+        if isinstance(self.micro_batch, Tokens):
+            self.micro_batch = replace(self.micro_batch, padded=policy.layout == "rows")
+        self.max_skipped = config.max_skipped
         self.max_grad_norm = config.max_grad_norm or float("inf")
         self.adamw = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],

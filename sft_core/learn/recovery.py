@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from sft_core.learn.rows import Rows
+from sft_core.learn.rows import Rows, Tokens
 
 Learned = TypeVar("Learned")
 
@@ -22,7 +23,7 @@ class Recovery:
     adamw: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     loss: torch.Tensor  # of the current pass
-    micro_batch: int
+    micro_batch: int | Tokens
     max_skipped: int
     initial_scale: float
     learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the current pass
@@ -38,13 +39,14 @@ class Recovery:
             try:
                 return run()
             except RuntimeError as error:
-                if not out_of_memory(error) or self.micro_batch == 1:
+                smaller = halved(self.micro_batch, rows) if out_of_memory(error) else None
+                if not smaller:
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold the tensors that were too much
             self.adamw.zero_grad(set_to_none=True)
-            self.micro_batch = -(-min(self.micro_batch, len(rows)) // 2)
+            self.micro_batch = smaller
             torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: from here on {self.micro_batch} rows at a time; the gradient is the same")
+            tqdm.write(f"out of memory: from here on {size_text(smaller)} at a time; the gradient is the same")
 
     def _count(self, finite: bool, scale: float) -> bool:
         """Count a step that was skipped because its loss or gradient is not finite; return whether to repeat it.
@@ -98,6 +100,27 @@ class Recovery:
         rows = f"by itself each of its rows {numbers}{more} ({hint})" if self.skipped_rows else "no row by itself"
         count = f"{self.skipped_in_a_row} step{'s' * (self.skipped_in_a_row > 1)} in a row"
         raise FloatingPointError(f"{count} had a loss or gradient that is not finite; in the last, step {step}, {rows}")
+
+
+def halved(size: int | Tokens, rows: Rows) -> int | Tokens | None:
+    """Half of what these rows make of a micro-batch; None where each row is one already.
+
+    >>> from sft_core.learn.rows import pack_rows
+    >>> rows = pack_rows([[1, 2], [1, 2]], [[3, 4, 5], [6]], pad_id=0)
+    >>> halved(8, rows), halved(1, rows), halved(Tokens(100), rows), halved(Tokens(3), rows)
+    (1, None, Tokens(count=3, padded=False), None)
+    """
+    if isinstance(size, int):
+        return -(-min(size, len(rows)) // 2) if size > 1 else None
+    parts = [at for at, _ in rows.micro_batches(size)]
+    tokens = rows.tokens(size.padded)
+    largest = max(tokens(at.start, at.stop) for at in parts)
+    return replace(size, count=-(-largest // 2)) if len(parts) < len(rows) else None
+
+
+def size_text(size: int | Tokens, rows: int | None = None) -> str:
+    """For people; `rows`: how many there are."""
+    return f"{min(size, rows or size)} rows" if isinstance(size, int) else f"up to {size.count:,} tokens"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -18,11 +18,24 @@ sequence, and a mask made from ids would then hide the token that says "stop".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A micro-batch's size in tokens instead of rows: prompts and completions, and with padding where rows lie apart,
+    else a prompt that consecutive rows share once."""
+
+    count: int
+    padded: bool = False
+
+
+LARGEST = Tokens(2**14)  # more in a micro-batch make no step faster
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,49 @@ class Rows:
         ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
         return Rows(ids_NL, prompt_len_N, completion_len_N, width)
 
-    def micro_batches(self, size: int) -> Iterator[tuple[slice, Rows]]:
-        """Cut into micro-batches of at most `size` rows; the last may be smaller (`size` need not divide N)."""
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
+    def micro_batches(self, size: int | Tokens) -> Iterator[tuple[slice, Rows]]:
+        """Cut into micro-batches of at most `size`: of as many rows, the last may have fewer (`size` need not divide
+        N); or of as many tokens, about equally many in each. A row of more tokens than that is one by itself."""
+        for start, stop in itertools.pairwise(self._ends(size)):
             yield slice(start, stop), self.cut(start, stop)
+
+    def fullness(self, size: int | Tokens) -> dict[str, float]:
+        """For the log: how many micro-batches there are, and what share of the allowed size they have in the mean."""
+        held = (lambda start, stop: stop - start) if isinstance(size, int) else self.tokens(size.padded)
+        ends, most = self._ends(size), size if isinstance(size, int) else size.count
+        count = len(ends) - 1
+        return {"micro_batches": count, "micro_batch_fill": sum(map(held, ends, ends[1:])) / (count * most)}
+
+    def _ends(self, size: int | Tokens) -> list[int]:
+        """Where micro-batches of this size begin, and where the last ends."""
+        if isinstance(size, int):
+            return [*range(0, len(self), size), len(self)]
+        tokens, N = self.tokens(size.padded), len(self)
+
+        def filled(most: int) -> list[int]:
+            ends = [0]
+            for row in range(1, N):
+                if tokens(ends[-1], row + 1) > most:
+                    ends.append(row)
+            return [*ends, N]
+
+        fewest, least, most = len(filled(size.count)), 0, size.count
+        while least < most:  # the smallest size that needs no more of them makes them about equal
+            middle = (least + most) // 2
+            least, most = (least, middle) if len(filled(middle)) == fewest else (middle + 1, most)
+        return filled(most)
+
+    def tokens(self, padded: bool) -> Callable[[int, int], int]:
+        """How many tokens rows start to stop - 1 are; see `Tokens`."""
+        P, T = self.prompt_len_N.tolist(), self.completion_len_N.tolist()
+        if padded:
+            return lambda start, stop: (stop - start) * (max(P[start:stop]) + max(T[start:stop]))
+        prompt_NP = self.ids_NL[:, : self.prompt_width]
+        as_before = (prompt_NP[1:] == prompt_NP[:-1]).all(dim=1) & (self.prompt_len_N[1:] == self.prompt_len_N[:-1])
+        again = [False, *as_before.tolist()]
+        own = (t + (0 if shared else p) for p, t, shared in zip(P, T, again, strict=True))
+        until = list(itertools.accumulate(own, initial=0))
+        return lambda start, stop: until[stop] - until[start] + (P[start] if again[start] else 0)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from sft_core.learn.logprobs import token_logprobs
-from sft_core.learn.rows import Rows
+from sft_core.learn.rows import Rows, Tokens
 from sft_core.model.policy import Policy
 
 
 @torch.no_grad()
 def scored(
-    policy: Policy, rows: Rows, temperature: float, micro_batch: int, entropy: Literal["none", "value"]
+    policy: Policy, rows: Rows, temperature: float, micro_batch: int | Tokens, entropy: Literal["none", "value"]
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` without gradient, one micro-batch at a time. Where something is not
     finite, each row is scored by itself: a bad row must not spoil those that share its prompt."""
@@ -23,6 +23,6 @@ def scored(
     for at, micro in rows.micro_batches(micro_batch):
         cut = (at, slice(micro.completion_NT.shape[1]))
         logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
-    if micro_batch > 1 and not logp_NT.isfinite().all():
+    if micro_batch != 1 and not logp_NT.isfinite().all():
         return scored(policy, rows, temperature, 1, entropy)
     return logp_NT, entropy_NT

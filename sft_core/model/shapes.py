@@ -46,6 +46,11 @@ class Shapes:
     def embedding_trained(self) -> bool:
         return not self.adapter
 
+    @property
+    def matrices(self) -> int:
+        """Of all layers, and the head where it has its own."""
+        return self.layers * self.layer + (0 if self.tied else self.head)
+
 
 def shapes_of(config: ModelConfig, source: Source | None) -> Shapes:
     """The shapes of the model that `load_policy` would load; no weight is read. `source` None: the built-in model."""

@@ -120,14 +120,6 @@ def answers_text(samples: int) -> str:
     return f"a greedy answer and {samples} samples of each" if samples else "a greedy answer to each"
 
 
-def memory_line(policy: Policy) -> str:
-    """A lower bound: what does not depend on the batch."""
-    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    trained = sum(p.numel() for _, p in policy.trainable())
-    whole = f"weights {weights / GB:.2f}, gradients {4 * trained / GB:.2f}, AdamW {8 * trained / GB:.2f}"
-    return f"{(weights + 12 * trained) / GB:.2f} GB ({whole}) and the batch's activations"
-
-
 def folder_line(config: FolderConfig, kind: str, steps: int = 0) -> str:
     """Where the run would write, whether it resumes, and its checkpoints."""
     folder = Path(config.output_dir) if config.output_dir else Path("runs") / f"{kind}-(time of the start)"

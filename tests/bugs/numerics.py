@@ -194,7 +194,7 @@ BUGS = [
         26,
         "a reference that has lost a row loses its group",
         "sft_core/learn/scored.py",
-        "    if micro_batch > 1 and not logp_NT.isfinite().all():\n",
+        "    if micro_batch != 1 and not logp_NT.isfinite().all():\n",
         "    if False:\n",
         "Completions are scored side by side behind their prompt, and a NaN in one reaches the others through the "
         "masked attention, 0 times NaN.",
@@ -206,8 +206,8 @@ BUGS = [
         "eval/draw.py",
         "        token_N1 = torch.where(total_N1.isfinite(), token_N1, self.eos_id)\n",
         "",
-        "The row goes on with a token that means nothing, to the end of its budget. `torch.multinomial` would raise, on "
-        "a GPU with an assertion that takes the process's CUDA context along.",
+        "The row goes on with a token that means nothing, to the end of its budget. `torch.multinomial` would raise, "
+        "on a GPU with an assertion that takes the process's CUDA context along.",
         (f"{LOST}test_a_row_that_nothing_can_be_drawn_for_ends_there_and_the_others_are_what_they_were",),
     ),
     Mutation(

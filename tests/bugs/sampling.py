@@ -137,7 +137,7 @@ BUGS = [
         "            weight_NT = token_weights(rows.mask_NT, config.objective.aggregation, "
         "config.max_completion_tokens)\n"
         "            if learner.reference:\n"
-        "                ref_logp_NT = learner.reference.logprobs(rows, config.temperature, config.micro_batch)\n"
+        "                ref_logp_NT = learner.reference.logprobs(rows, config.temperature, size)\n"
         "            old_logp_NT, update = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype), 0\n",
         "It learns, but it is not the algorithm: sampling, the costly half, is paid mu times, the ratio is 1 in every "
         "update and clipping is dead code.",

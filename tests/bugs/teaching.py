@@ -60,7 +60,7 @@ BUGS = [
         "tokens left out still count in the mean",
         "grpo_core/step.py",
         "    rows = variants.ended_rows(rollout.samples) if config.mask_truncated else rollout.samples.rows\n"
-        "    kept_NT = variants.kept_tokens(policy, rows, config) if config.top_entropy < 1 else rows.mask_NT\n",
+        "    kept_NT = variants.kept_tokens(policy, rows, config, size) if config.top_entropy < 1 else rows.mask_NT\n",
         "    rows = rollout.samples.rows\n"
         "    kept_NT = variants.ended_rows(rollout.samples).mask_NT if config.mask_truncated else rows.mask_NT\n",
         "Their advantage is 0 but not their weight: the more completions are cut off, the smaller the gradient of the "
