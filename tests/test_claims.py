@@ -98,11 +98,21 @@ def test_the_seconds_of_the_embedded_job_are_those_of_its_records() -> None:
 
 
 def test_what_grpo_did_not_teach_is_on_record() -> None:
-    found = json.loads((EMBEDDED / "ways.json").read_text())
-    first, last = ({name: f"{value:.0%}" for name, value in found[end].items()} for end in ("first", "last"))
-    right, worked = ((first[name], last[name]) for name in ("right_if_worked", "worked"))
+    found = [summary(EMBEDDED / f"seed-{seed}") for seed in (42, 1, 2)]
+    rates = {
+        name: [[each["ways"][end][name] for each in found] for end in ("first", "last")]
+        for name in ("worked", "right_if_worked", "right_if_bare")
+    }
+    right, worked = ([f"{sum(of_seeds) / 3:.0%}" for of_seeds in rates[n]] for n in ("right_if_worked", "worked"))
     assert f"right in {right[0]} at first and {right[1]} at last" in plain(README)
     assert f"from {worked[0].removesuffix('%')} to {worked[1]}" in plain(README)
+    greedy = [[each[end]["accuracy"] for each in found] for end in ("before", "after")]
+    titles = {"worked out": rates["worked"], "right where worked out": rates["right_if_worked"]}
+    titles |= {"right where not": rates["right_if_bare"], "greedy answers right (held out, before and after)": greedy}
+    page = (ROOT / "docs" / "sharpening.md").read_text(encoding="utf-8")
+    for title, (first, last) in titles.items():
+        cells = [f"{a:.0%} to {b:.0%}" for a, b in zip(first, last, strict=True)]
+        assert f"| {title} | {' | '.join(cells)} |" in page
 
 
 def test_the_built_in_model_is_as_large_as_is_said_and_shown_as_many_worked_answers() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sft_core.learn.fit
-from benchmarks.auto import limit_for, some_shape, under
+from benchmarks.auto import base_in, limit_for, some_shape, under
 from benchmarks.plan.sizes import known_shape
 from benchmarks.workload import workload
 from grpo_core.forecast.memory import fitted, plan
@@ -192,7 +192,7 @@ def test_rows_without_a_completion_are_cut_too() -> None:
 def test_a_process_that_can_get_no_more_than_its_memory_trains(number: int, tmp_path: Path) -> None:
     import random
 
-    base = build_tiny(tmp_path / "base", seed=0)
+    base = base_in(tmp_path / "base")
     flags = some_shape(number, base)
     found = under(limit_for(workload("tiny", flags), random.Random(number)), flags)
     assert "failed" not in found, found
