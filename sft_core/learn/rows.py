@@ -121,6 +121,8 @@ class Rows:
                     ends.append(row)
             return [*ends, N]
 
+        if tokens(0, N) <= size.count:
+            return [0, N]
         fewest, least, most = len(filled(size.count)), 0, size.count
         while least < most:  # the smallest size that needs no more of them makes them about equal
             middle = (least + most) // 2

@@ -7,6 +7,7 @@ from tests.bugs.mutation import Mutation
 GENERATION, HALF, OFFLOAD = "tests/test_generation.py::", "tests/test_half.py::", "tests/test_offload.py::"
 MEMORY = "tests/test_out_of_memory.py::"
 GREEDY = f"{GENERATION}test_greedy_completions_are_the_plain_calls_token_by_token"
+DRAW, CACHE = "tests/test_draw.py::", "tests/test_cache.py::"
 FREQUENCIES = f"{GENERATION}test_whole_completions_are_drawn_as_often_as_their_probability_says"
 RECORDED = f"{GENERATION}test_every_way_to_sample_records_the_learners_logprobs"
 TO_THE_BIT = f"{OFFLOAD}test_every_weight_is_that_of_a_plain_adamw_to_the_bit"
@@ -113,6 +114,34 @@ BUGS = [
         "(self.ended_N.sum() >= len(self.ended_N))",
         "Nothing is wrong but the time: the batch keeps its size until its longest completion ends.",
         (f"{GENERATION}test_rows_that_have_ended_leave",),
+    ),
+    Mutation(
+        33,
+        "random numbers go by place and not by row",
+        "eval/sampling.py",
+        "uniform_NT[alive, width:]",
+        "uniform_NT[: len(alive), width:]",
+        "Every draw is right, but which completion comes of a seed depends on who has left before: --rows_leave False, "
+        "or another batch, gives another run.",
+        (f"{GENERATION}test_a_completion_is_the_same_whichever_rows_are_sampled_beside_it",),
+    ),
+    Mutation(
+        33,
+        "the end of the vocabulary is never drawn",
+        "eval/draw.py",
+        "return torch.cat([sums, left_NB.sum(dim=-1, keepdim=True)], dim=1)",
+        "return sums",
+        "Words behind the last whole block have no weight: the last 384 of Qwen2.5's, and all of a small vocabulary.",
+        (f"{DRAW}test_the_ends_of_the_interval_fall_on_the_first_and_last_token_with_a_weight",),
+    ),
+    Mutation(
+        33,
+        "keys in half precision for any attention",
+        "eval/cache.py",
+        """autocast_dtype if model.config._attn_implementation in ("sdpa", NAME) else None""",
+        "autocast_dtype",
+        "Attention that computes its scores in float32 loses digits while sampling, and not while learning.",
+        (f"{CACHE}test_only_layers_that_keep_every_token_get_room_and_half_precision_only_where_attention_casts",),
     ),
     Mutation(
         33,
