@@ -1,7 +1,8 @@
 """Does `--micro_batch auto` fit into its memory, and is it fast? `python -m benchmarks.auto`
 
-Random shapes of models and steps. Each takes two steps under `--memory LIMIT`, in a process that cannot get more; and
-without a limit one step's rows are learned in micro-batches that auto chooses and in 1, 2, 4, ... rows, in turns.
+Random shapes of models and steps. Each takes two steps under `--memory LIMIT`, in a process that cannot get more. Then,
+without a limit, one step's rows are learned in micro-batches of the size that was chosen and of 1, 2, 4, ... rows, in
+turns.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def steps_of(flags: list[str]) -> Steps:
 
 
 def stepped(flags: list[str]) -> dict[str, Any]:
-    """Two steps: the size of a micro-batch, how many there were, and whether it had to be halved."""
+    """Two steps: the tokens of a micro-batch, how many there were, and whether it had to be halved."""
     steps = steps_of(flags)
     chosen = steps.learner.optimizer.micro_batch
+    assert isinstance(chosen, Tokens)
     counts = [len(steps().updates[0]) for _ in range(2)]
-    return {"size": size_text(chosen), "counts": counts, "halved": steps.learner.optimizer.micro_batch != chosen}
+    return {"tokens": chosen.count, "counts": counts, "halved": steps.learner.optimizer.micro_batch != chosen}
 
 
 def limit_for(config: GRPOConfig, dice: random.Random) -> int:
@@ -131,11 +133,11 @@ def row_of(number: int, base: Path, repeats: int) -> list[str]:
     limit = limit_for(config, random.Random(number))
     found = under(limit, flags)
     steps = steps_of(flags)
-    rows, auto = steps().rollout.samples.rows, steps.learner.optimizer.micro_batch
+    rows, auto = steps().rollout.samples.rows, Tokens(found.get("tokens", LARGEST.count))
     sizes: list[int | Tokens] = [auto, *(2**k for k in range(len(rows).bit_length()))]
     taken: dict[int | Tokens, list[float]] = {size: [] for size in sizes}
-    for _ in range(repeats + 1):  # the first is not counted
-        for size in sizes:
+    for turn in range(repeats + 1):  # the first is not counted
+        for size in sizes[:: -1 if turn % 2 else 1]:
             taken[size].append(seconds(steps, rows, size))
     medians = {size: median(times[1:]) for size, times in taken.items()}
     best = min(sizes[1:], key=lambda size: medians[size])
@@ -146,7 +148,7 @@ def row_of(number: int, base: Path, repeats: int) -> list[str]:
         f"{len(rows)} x {config.max_completion_tokens}",
         f"{limit / GB:.2f} GB",
         outcome,
-        found.get("size", ""),
+        size_text(auto),
         str(max(found.get("counts", [0]))),
         f"{medians[auto]:.2f} s",
         f"{medians[best]:.2f} s ({size_text(best)})",
