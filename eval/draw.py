@@ -24,7 +24,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
     def __init__(
         self, temperature: float, uniform_NT: Tensor, eos_id: int, cuts: list[LogitsProcessor] | None = None
     ) -> None:
-        """`uniform_NT`: float64 in [0, 1), a column for each token that may be drawn."""
+        """`uniform_NT`: in [0, 1), a column for each token that may be drawn; in its dtype weights are added up."""
         self.temperature, self.uniform_NT, self.eos_id, self.cuts = temperature, uniform_NT, eos_id, cuts or []
         self.logp: list[Tensor] = []  # (N,) float32 for each token
 
@@ -32,7 +32,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
         highest_N1 = scores.amax(dim=-1, keepdim=True)
         logit_NV = (scores - highest_N1).div_(self.temperature)
         weight_NV = logit_NV.exp() if self.cuts else logit_NV.exp_()
-        total_N1 = block_sums(weight_NV).double().sum(dim=-1, keepdim=True)
+        total_N1 = block_sums(weight_NV).to(self.uniform_NT.dtype).sum(dim=-1, keepdim=True)
         for cut in self.cuts:
             logit_NV = cut(input_ids, logit_NV)
         if self.cuts:
@@ -40,7 +40,7 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
         token_N1 = self.pick(weight_NV, self.uniform_NT[:, len(self.logp), None])
         token_N1 = torch.where(total_N1.isfinite(), token_N1, self.eos_id)
         chosen_N1 = (scores.gather(1, token_N1) - highest_N1) / self.temperature
-        self.logp.append((chosen_N1.double() - total_N1.log()).float().squeeze(1))
+        self.logp.append((chosen_N1 - total_N1.log()).float().squeeze(1))
         return weight_NV.zero_().scatter_(1, token_N1, 1.0)
 
     def pick(self, weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ def token_at(weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
 
 def _fall(weight_NK: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
     """Where a uniform number falls: on weight k, never one that is 0; and how far into it, which is uniform again.
-    In float64, where no word is too unlikely to be told from nothing."""
-    end_NK = weight_NK.double().cumsum(dim=1)
+    In float64 no word is too unlikely to be told from nothing."""
+    end_NK = weight_NK.to(uniform_N1.dtype).cumsum(dim=1)
     total_N1 = end_NK[:, -1:]
     at_N1 = torch.minimum(uniform_N1 * total_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
     k_N1 = torch.searchsorted(end_NK, at_N1, right=True).clamp(max=end_NK.shape[1] - 1)  # NaN falls behind the last
-    weight_N1 = weight_NK.gather(1, k_N1).double()
+    weight_N1 = weight_NK.gather(1, k_N1).to(uniform_N1.dtype)
     before_N1 = end_NK.gather(1, k_N1) - weight_N1
     return k_N1, ((at_N1 - before_N1) / weight_N1).clamp(0, 1)

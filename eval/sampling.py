@@ -70,7 +70,8 @@ def sample(
     completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
     drawn_NT = completion_NT.shape if sampling.temperature else (N, 0)
     logp_NT = torch.zeros(drawn_NT, device=device)
-    uniform_NT = torch.rand(drawn_NT, dtype=torch.float64).to(device)  # from the CPU: the same on every device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    uniform_NT = torch.rand(drawn_NT, dtype=wide).to(device)  # from the CPU: the same on every device
     for batch in [list(range(N))] if policy.pads else equal_lengths(prompts):
         _generate(policy, prompts, batch, sampling, uniform_NT, completion_NT, logp_NT, streamer)
     completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)

@@ -63,6 +63,17 @@ def test_a_token_of_one_in_a_billion_keeps_its_share() -> None:
     assert token_at(weight_V.expand(3, -1), numbers).squeeze(1).tolist() == [0, 1, 2]
 
 
+def test_float32_does_where_there_is_nothing_wider() -> None:
+    weight_V = some_weights(2 * BLOCK + 100)
+    uniform_N1 = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(1))
+    tokens = token_at(weight_V.expand(len(uniform_N1), -1), uniform_N1).squeeze(1)
+    wide = token_at(weight_V.expand(len(uniform_N1), -1), uniform_N1.double()).squeeze(1)
+    assert (weight_V[tokens] > 0).all() and (tokens == wide).float().mean() > 0.99
+    draw = Draw(0.7, torch.tensor([[0.3]]), eos_id=0)
+    draw(torch.zeros(1, 1), torch.randn(1, 600, generator=torch.Generator().manual_seed(0)))
+    assert draw.logp[0].dtype == torch.float32 and bool(draw.logp[0].isfinite())
+
+
 def test_the_sums_of_blocks_are_those_of_their_words() -> None:
     weight_NV = torch.rand(3, 2 * BLOCK + 5, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([part.sum(dim=1) for part in weight_NV.split(BLOCK, dim=1)], dim=1)
