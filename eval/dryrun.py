@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from eval.config import EvalConfig
 from eval.trust import trusted_sampler
+from sft_core.learn.footprint import GB
 from sft_core.model.source import Source
 from sft_core.run.plan_lines import (
-    GB,
     answers_text,
     first_line,
     folder_line,

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sft_core.learn.fit import available
 from sft_core.precision import pick_device, pick_precision
 
 GIB = 2**30
@@ -139,7 +139,5 @@ def _capacity(device: torch.device) -> float:
     """Bytes of memory that the device has; of a CPU, what the system says is to be had now (Linux)."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    info = Path("/proc/meminfo")
-    text = info.read_text() if info.exists() else ""
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024.0 if found else float("inf")
+    left = available()
+    return float("inf") if left is None else left

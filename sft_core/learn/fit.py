@@ -100,7 +100,8 @@ def memory_for(config: OptimConfig, device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device))
-    return _own() + min(_available(), _left_to_group())
+    left = available()
+    return _own() + min(_half_of_all() if left is None else left, _left_to_group())
 
 
 def _own() -> float:
@@ -110,11 +111,16 @@ def _own() -> float:
     return 0.0
 
 
-def _available() -> float:
-    """Bytes that the machine has left; without Linux's account of them, half of all."""
+def available() -> float | None:
+    """Bytes that the machine has left, as Linux counts them; None elsewhere."""
     with suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def _half_of_all() -> float:
+    """Bytes: what may be left where nobody counts."""
     with suppress(OSError, ValueError, AttributeError):
         return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return float("inf")

@@ -21,7 +21,6 @@ from sft_core.text.example import Example
 from sft_core.text.prompts import prompt_ids
 from sft_core.text.tasks import Task
 
-GB = 1e9
 LOOKED_AT = 500  # problems of an endless task whose lengths stand for all
 UNTOUCHED = "dry run: all of this was loaded and checked; no step was taken, nothing was written"
 Lines = dict[str, str]  # text by subject
