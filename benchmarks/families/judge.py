@@ -79,7 +79,7 @@ class Verdict:
 
 def varied(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
     """A reward that differs from row to row."""
-    return [sum(map(ord, text)) % 7 / 4 for text in completions]
+    return [row / len(completions) for row in range(len(completions))]
 
 
 def judged(family: str, run: bool = True) -> Verdict:
