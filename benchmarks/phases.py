@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-import eval.sampling
+import eval.going
 import grpo_core.step
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.workload import Steps
@@ -61,7 +61,7 @@ def timed_phases(steps: Steps) -> Iterator[tuple[Steps, Clock]]:
     learner = steps.learner
     clock = Clock(learner.policy.device)
     places: list[tuple[Any, str, str, str | None]] = [
-        (eval.sampling, "prefill_once", "prefill", "decode"),
+        (eval.going, "prefill_once", "prefill", "decode"),
         (grpo_core.step, "score_groups", "reward", None),
         (learner.optimizer, "accumulate", "learner", None),
         (learner.optimizer, "clip_and_step", "optimizer", None),

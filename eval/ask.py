@@ -97,9 +97,8 @@ def reply(policy: Policy, prompt: Sequence[int], config: AskConfig) -> Reply:
         streamer = TextStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     try:
-        samples = sample(
-            policy, [prompt] * config.samples, Sampling(config.max_completion_tokens, config.temperature), streamer
-        )
+        sampling = Sampling(config.max_completion_tokens, config.temperature)
+        samples = sample(policy, [prompt] * config.samples, sampling, streamer=streamer)
     except KeyboardInterrupt:
         if streamer:
             streamer.end()  # it holds the last word back until the next one begins

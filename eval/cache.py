@@ -31,8 +31,25 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows. The next token brings new room: the old must not stay beside what was selected from it."""
+        """Keep these rows."""
         super().batch_select_indices(indices)
+        self._move()
+
+    def join(self, other: RoomyLayer, width: int, rows: int) -> None:
+        """`rows` more rows come in, those of another layer, which is empty where their prompts are of one token. The
+        last tokens stand side by side, and of the earlier ones so many stay that there are `width`."""
+
+        def wide(held: Tensor) -> Tensor:
+            return torch.nn.functional.pad(held, (0, 0, width - held.shape[-2], 0))
+
+        for name in ("keys", "values"):
+            own, theirs = wide(getattr(self, name)), getattr(other, name) if other.is_initialized else None
+            more = own.new_zeros(rows, *own.shape[1:]) if theirs is None else wide(theirs)
+            setattr(self, name, torch.cat([own, more]))
+        self._move()
+
+    def _move(self) -> None:
+        """The next token brings new room: the old must not stay beside what was taken from it."""
         self.room.clear()
         self.filled.clear()
 
@@ -48,6 +65,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.room[name][:, :, width:end] = new
         self.filled[name] = self.room[name][:, :, :end]
         return self.filled[name]
+
+
+def keeps_every_token(config: Any) -> bool:
+    """Whether all layers of a model of this configuration do, so that rows can join in the middle."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def room_for(cache: DynamicCache, tokens: int, model: Any, autocast_dtype: torch.dtype | None) -> None:

@@ -180,9 +180,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer every problem greedily, and draw so many samples for each. Answers are in the order of the problems.
 
-    Problems of similar length share a batch of `batch_size` rows, and the samples of a problem are consecutive rows, so
-    that its prompt is encoded once. The samples depend on `seed` and the batch size alone, and the caller's random
-    state (that of training) is restored afterwards.
+    `batch_size` rows are drawn at a time, the next problem taking the place of one that is answered; problems of
+    similar length stand one behind the other, and so do the samples of a problem. The samples depend on `seed` alone,
+    and the caller's random state (that of training) is restored afterwards.
     """
     prompts = [prompt_ids(policy.tokenizer, example, task) for example in examples]
     # Longest first: memory runs out in the first batch or never.
@@ -199,15 +199,20 @@ def evaluate(
     ) as bar:
 
         def ask(rows: list[int], sampling: Sampling) -> None:
-            for first in range(0, len(rows), batch_size):
-                batch = rows[first : first + batch_size]
-                drawn = sample(policy, [prompts[i] for i in batch], sampling)
-                lengths, truncated = drawn.rows.completion_len_N.tolist(), drawn.truncated_N.tolist()
-                for i, text, tokens, cut in zip(batch, drawn.texts, lengths, truncated, strict=True):
-                    replies[i].append(_mark(text, examples[i].answer, task, tokens, cut))
-                greedy = [r[0].strict for r in replies.values() if r]
-                bar.set_postfix(accuracy=f"{sum(greedy) / len(greedy):.1%}", refresh=False)
-                bar.update(len(batch))
+            marked: dict[int, Reply] = {}  # by its place among the rows
+
+            def ended(places: list[int], completions: list[list[int]]) -> None:
+                texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+                for place, text, ids in zip(places, texts, completions, strict=True):
+                    answer, cut = examples[rows[place]].answer, ids[-1] not in policy.eos_ids
+                    marked[place] = _mark(text, answer, task, len(ids), cut)
+                right = [reply.strict for reply in marked.values()]
+                bar.set_postfix(accuracy=f"{sum(right) / len(right):.1%}", refresh=False)
+                bar.update(len(places))
+
+            sample(policy, [prompts[i] for i in rows], sampling, batch_size, ended=ended)
+            for place, i in enumerate(rows):
+                replies[i].append(marked[place])
 
         ask(by_length, Sampling(max_completion_tokens, temperature=0))
         if samples:

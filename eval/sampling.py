@@ -2,23 +2,24 @@
 that the learner scores, unless top-k, top-p or min-p cut it.
 
 A prompt is encoded once, and its keys and values are copied to its G rows. `generate` is called in segments: when a
-quarter of the rows have ended, they leave the batch, and the others continue with their part of the cache.
+quarter of the rows have ended, they leave the batch, and the others continue with their part of the cache, beside
+prompts that have waited.
 
     q q q | a b e                  first segment: rows 1 and 2 share q; row 2 ends
     q q q | c e .
-    q q q | a b e | d f e          second segment: row 1 alone
+    q q q | a b e | d f e          second segment: row 1 goes on, row 3 begins
+    . . . . . p p | g h i
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -31,14 +32,17 @@ from transformers import (
 )
 
 from eval.around import equal_lengths, ready_to_generate
-from eval.cache import room_for
+from eval.cache import keeps_every_token
 from eval.draw import Draw
+from eval.going import Going
 from sft_core.learn.rows import Rows, pad
-from sft_core.model.backbone import backbone_and_head
 from sft_core.model.half import half_twin
 from sft_core.model.policy import Policy
 
 LEAVING = 4  # a segment ends when one row in so many has ended
+
+
+Ended = Callable[[list[int], list[list[int]]], None]  # told of completions: their places, their tokens
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,71 @@ class Samples:
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, streamer: TextStreamer | None = None
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    at_once: int | None = None,
+    streamer: TextStreamer | None = None,
+    ended: Ended | None = None,
 ) -> Samples:
-    """One completion for each prompt (token lists), in one batch; `streamer` shows a single one as it is drawn."""
-    device, N = policy.device, len(prompts)
-    completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
-    drawn_NT = completion_NT.shape if sampling.temperature else (N, 0)
-    logp_NT = torch.zeros(drawn_NT, device=device)
-    wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
-    uniform_NT = torch.rand(drawn_NT, dtype=wide).to(device)  # from the CPU: the same on every device
-    for batch in [list(range(N))] if policy.pads else equal_lengths(prompts):
-        _generate(policy, prompts, batch, sampling, uniform_NT, completion_NT, logp_NT, streamer)
-    completion_len_N, ended_N = completion_lengths(completion_NT, policy.eos_ids)
-    prompt_NP, T = pad(prompts, policy.pad_id, "left").to(device), int(completion_len_N.max())
-    prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
-    ids_NL = torch.cat([prompt_NP, completion_NT[:, :T]], dim=1)
-    rows = Rows(ids_NL, prompt_len_N, completion_len_N, prompt_NP.shape[1])
-    texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
-    logp_NT = torch.where(rows.mask_NT, logp_NT[:, :T], 0.0) if sampling.temperature else logp_NT
-    return Samples(rows, texts, ~ended_N, logp_NT)
+    """One completion for each prompt (token lists): of all at a time, or of `at_once`, the next prompt taking the place
+    of a row that has ended. `streamer` shows a single one as it is drawn; `ended` is called with the places and the
+    tokens of completions that have ended."""
+    at_once = at_once or len(prompts)
+    sheet = Sheet(policy, len(prompts), sampling, ended)
+    with (
+        torch.inference_mode(),
+        half_twin(policy.model, policy.half_dtype) as model,
+        ready_to_generate(model),
+        policy.precision.autocast(),
+    ):
+        for batch in _batches(policy, prompts, at_once):
+            _fill(sheet, policy, model, prompts, batch, at_once, sampling, streamer)
+    return sheet.samples(prompts)
+
+
+class Sheet:
+    """The completions of N prompts while they are drawn."""
+
+    def __init__(self, policy: Policy, N: int, sampling: Sampling, ended: Ended | None) -> None:
+        device = policy.device
+        self.policy, self.sampling, self.tell = policy, sampling, ended
+        self.completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
+        drawn_NT = self.completion_NT.shape if sampling.temperature else (N, 0)
+        self.logp_NT = torch.zeros(drawn_NT, device=device)  # at the temperature, before any cut
+        wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        # By which each token is drawn; from the CPU: the same on every device.
+        self.uniform_NT = torch.rand(drawn_NT, dtype=wide).to(device)
+
+    def numbers(self, place_N1: Tensor, column_NT: Tensor) -> Tensor:
+        """uniform_NT of these tokens; empty when greedy."""
+        return self.uniform_NT[place_N1, column_NT] if self.sampling.temperature else self.uniform_NT
+
+    def write(self, place_N1: Tensor, column_NT: Tensor, drawn_NT: Tensor, logp: Sequence[Tensor]) -> None:
+        """Put down the next tokens of some rows."""
+        self.completion_NT[place_N1, column_NT] = drawn_NT
+        if self.sampling.temperature:
+            self.logp_NT[place_N1, column_NT] = torch.stack(list(logp), dim=1)
+
+    def ended(self, place_N: Tensor) -> None:
+        """Tell of rows that are complete."""
+        if self.tell:
+            ids_NT = self.completion_NT[place_N]
+            lengths = completion_lengths(ids_NT, self.policy.eos_ids)[0].tolist()
+            self.tell(place_N.tolist(), [ids[:length] for ids, length in zip(ids_NT.tolist(), lengths, strict=True)])
+
+    def samples(self, prompts: Sequence[Sequence[int]]) -> Samples:
+        """All of them."""
+        policy, device = self.policy, self.policy.device
+        completion_len_N, ended_N = completion_lengths(self.completion_NT, policy.eos_ids)
+        prompt_NP, T = pad(prompts, policy.pad_id, "left").to(device), int(completion_len_N.max())
+        prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
+        ids_NL = torch.cat([prompt_NP, self.completion_NT[:, :T]], dim=1)
+        rows = Rows(ids_NL, prompt_len_N, completion_len_N, prompt_NP.shape[1])
+        texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
+        greedy = not self.sampling.temperature
+        logp_NT = self.logp_NT if greedy else torch.where(rows.mask_NT, self.logp_NT[:, :T], 0.0)
+        return Samples(rows, texts, ~ended_N, logp_NT)
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -97,58 +147,52 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
     return torch.where(ended_N, first_N, completion_NT.shape[1]), ended_N
 
 
-def _generate(
+def _batches(policy: Policy, prompts: Sequence[Sequence[int]], at_once: int) -> list[list[int]]:
+    """The prompts' places, in batches that are drawn one after the other: a single one where a prompt that waits can
+    take the place of a row that has ended."""
+    batches = [list(range(len(prompts)))] if policy.pads else equal_lengths(prompts)
+    if policy.pads and policy.prefill and policy.rows_leave and keeps_every_token(policy.model.config):
+        return batches
+    return [batch[first : first + at_once] for batch in batches for first in range(0, len(batch), at_once)]
+
+
+def _fill(
+    sheet: Sheet,
     policy: Policy,
+    model: Any,
     prompts: Sequence[Sequence[int]],
-    batch: Sequence[int],
+    waiting: Sequence[int],
+    at_once: int,
     sampling: Sampling,
-    uniform_NT: Tensor,
-    completion_NT: Tensor,
-    logp_NT: Tensor,
     streamer: TextStreamer | None,
 ) -> None:
-    """Fill the rows `batch` of completion_NT, and of logp_NT: at the temperature, before any cut. Each token is drawn
-    by its number of uniform_NT."""
-    device, budget = policy.device, sampling.max_completion_tokens
-    ids = pad([prompts[row] for row in batch], policy.pad_id, "left").to(device)
-    P, prompt_len_N = ids.shape[1], torch.tensor([len(prompts[row]) for row in batch], device=device)
-    # None: `generate` makes a cache of the model's own kind.
-    cache: Any = DynamicCache(config=policy.model.config) if policy.prefill or policy.rows_leave else None
-    if cache is not None:
-        room_for(cache, P + budget, policy.model, policy.precision.autocast_dtype)
-    width = 0  # tokens drawn until now
-    with (
-        torch.inference_mode(),
-        half_twin(policy.model, policy.half_dtype) as model,
-        ready_to_generate(model),
-        policy.precision.autocast(),
-    ):
-        attention = (torch.arange(P, device=device) >= P - prompt_len_N[:, None]).long()
-        if policy.prefill:
-            prefill_once(cache, model, prompts, ids, attention)
-        alive = torch.tensor(batch, device=device)
-        while len(alive) and width < budget:
-            draw = Draw(sampling.temperature, uniform_NT[alive, width:], policy.eos_ids[0], _cuts(sampling))
-            enough = _SomeHaveEnded(policy.eos_ids, device)
-            longer = model.generate(
-                input_ids=ids,
-                attention_mask=attention,
-                past_key_values=cache,
-                generation_config=_generation_config(policy, budget - width),
-                logits_processor=LogitsProcessorList([draw] if sampling.temperature else []),
-                stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
-                streamer=streamer,
-            )
-            drawn = longer[:, P + width :]
-            end = width + drawn.shape[1]
-            completion_NT[alive, width:end] = drawn
-            if sampling.temperature:
-                logp_NT[alive, width:end] = torch.stack(draw.logp, dim=1)
-            going = (~completion_lengths(drawn, policy.eos_ids)[1]).nonzero().squeeze(1)
-            alive, ids, width = alive[going], longer[going], end
-            attention = torch.nn.functional.pad(attention[going], (0, P + end - attention.shape[1]), value=1)
-            if cache is not None and len(alive):
-                cache.batch_select_indices(going)
+    """Draw the completions of the prompts at the places `waiting`."""
+    budget = sampling.max_completion_tokens
+    going, waiting = Going.begin(policy, model, prompts, waiting[:at_once], budget), waiting[at_once:]
+    while going or waiting:
+        if waiting and len(going) < at_once:
+            free = at_once - len(going)
+            fresh, waiting = Going.begin(policy, model, prompts, waiting[:free], budget), waiting[free:]
+            going = going.joined_by(fresh)
+        place_N1, tokens = going.place_N[:, None], budget - int(going.drawn_N.max())
+        column_NT = going.drawn_N[:, None] + torch.arange(tokens, device=policy.device)
+        draw = Draw(sampling.temperature, sheet.numbers(place_N1, column_NT), policy.eos_ids[0], _cuts(sampling))
+        enough = _SomeHaveEnded(policy.eos_ids, policy.device)
+        longer_NW = model.generate(
+            input_ids=going.ids_NW,
+            attention_mask=going.attention_NW,
+            past_key_values=going.cache,
+            generation_config=_generation_config(policy, tokens),
+            logits_processor=LogitsProcessorList([draw] if sampling.temperature else []),
+            stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
+            streamer=streamer,
+        )
+        drawn_NT = longer_NW[:, going.ids_NW.shape[1] :]
+        sheet.write(place_N1, column_NT[:, : drawn_NT.shape[1]], drawn_NT, draw.logp)
+        going.drew(longer_NW)
+        over_N = completion_lengths(drawn_NT, policy.eos_ids)[1] | (going.drawn_N == budget)
+        sheet.ended(going.place_N[over_N])
+        going.keep((~over_N).nonzero().squeeze(1))
 
 
 def _generation_config(policy: Policy, tokens: int) -> GenerationConfig:
@@ -169,27 +213,6 @@ def _cuts(sampling: Sampling) -> list[LogitsProcessor]:
     if sampling.min_p:
         cuts.append(MinPLogitsWarper(sampling.min_p))
     return cuts
-
-
-def prefill_once(
-    cache: Any, model: Any, prompts: Sequence[Sequence[int]], prompt_NP: Tensor, attention_NP: Tensor
-) -> None:
-    """Fill the cache with each row's prompt except its last token, computed once for consecutive equal prompts."""
-    if prompt_NP.shape[1] == 1:
-        return
-    first = [row for row in range(len(prompts)) if row == 0 or prompts[row] != prompts[row - 1]]
-    attention_RP = attention_NP[first]
-    backbone, _ = backbone_and_head(model)
-    backbone(
-        input_ids=prompt_NP[first, :-1],
-        attention_mask=attention_RP[:, :-1],
-        position_ids=(attention_RP.cumsum(dim=1) - 1).clamp(min=0)[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    begins = torch.zeros(len(prompts), dtype=torch.long)
-    begins[first[1:]] = 1
-    cache.batch_select_indices(begins.cumsum(dim=0).to(prompt_NP.device))
 
 
 class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]

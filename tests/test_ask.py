@@ -125,7 +125,7 @@ def test_of_several_samples_the_most_frequent_answer_is_taken(capsys: pytest.Cap
 def test_equal_numbers_are_one_vote_also_zero_and_words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["#### none", "#### none", "#### none", "#### 5", "#### 0", "#### 5", "#### 0.00", "#### $0"]
 
-    def drawn(policy: Policy, prompts: list[list[int]], *_: Any) -> Samples:
+    def drawn(policy: Policy, prompts: list[list[int]], *_: Any, **__: Any) -> Samples:
         ids = [policy.tokenizer(text)["input_ids"] for text in texts]
         return Samples(pack_rows(prompts, ids, policy.pad_id), texts, torch.zeros(8, dtype=torch.bool), torch.empty(0))
 

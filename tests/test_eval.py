@@ -15,9 +15,8 @@ import torch
 import eval.__main__
 import eval.evaluate
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
-from eval.sampling import Samples, Sampling
+from eval.sampling import Ended, Sampling
 from rewards import correctness_reward_func, numeric_reward_func
-from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy
 from sft_core.text.arithmetic import ArithmeticStream
 from sft_core.text.config import TaskConfig
@@ -38,16 +37,20 @@ class Stub:
         self.batches: list[list[list[int]]] = []
         self.samplings: list[Sampling] = []
 
-    def __call__(self, policy: Policy, prompts: Sequence[list[int]], sampling: Sampling) -> Samples:
-        self.batches.append(list(prompts))
+    def __call__(
+        self, policy: Policy, prompts: Sequence[list[int]], sampling: Sampling, at_once: int, ended: Ended
+    ) -> None:
         self.samplings.append(sampling)
-        decoded = [policy.tokenizer.decode(prompt) for prompt in prompts]
-        replies = [next(a for q, a in self.answers.items() if f"\n{q}<" in text) for text in decoded]
-        texts = ["1" * sampling.max_completion_tokens if reply is None else reply for reply in replies]
-        ends = [[] if reply is None else [policy.eos_ids[0]] for reply in replies]
-        ids = [policy.tokenizer(text)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
-        rows = pack_rows(prompts, ids, policy.pad_id)
-        return Samples(rows, texts, torch.tensor([reply is None for reply in replies]), torch.empty(len(texts), 0))
+        for first in range(0, len(prompts), at_once):
+            places = list(range(first, min(first + at_once, len(prompts))))
+            self.batches.append([prompts[place] for place in places])
+            decoded = [policy.tokenizer.decode(prompt) for prompt in self.batches[-1]]
+            replies = [next(a for q, a in self.answers.items() if f"\n{q}<" in text) for text in decoded]
+            texts = ["1" * sampling.max_completion_tokens if reply is None else reply for reply in replies]
+            ends = [[] if reply is None else [policy.eos_ids[0]] for reply in replies]
+            ids = [policy.tokenizer(text)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
+            backwards = slice(None, None, -1)  # the first to end need not be the first that began
+            ended(places[backwards], ids[backwards])
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | None]) -> Stub:
@@ -191,7 +194,7 @@ def test_samples_are_drawn_beside_the_greedy_answer_with_the_prompts_of_a_proble
     stub = asked(monkeypatch, {"a": "#### 7", "bb": "#### 8"})
     examples = [Example(question, "#### 7", "7") for question in ("a", "bb")]
     result = evaluate(tiny_policy(), examples, HASH, 20, batch_size=4, samples=3, temperature=0.7)
-    assert stub.samplings == [Sampling(20, temperature=0), Sampling(20, 0.7), Sampling(20, 0.7)]
+    assert stub.samplings == [Sampling(20, temperature=0), Sampling(20, 0.7)]
     greedy, *drawn = stub.batches
     rows = [tuple(row) for batch in drawn for row in batch]
     assert [len(batch) for batch in drawn] == [4, 2]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import LEAVING, Samples, Sampling, sample
+from eval.sampling import LEAVING, Ended, Samples, Sampling, sample
 from sft_core.config import ModelConfig
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import pack_rows
@@ -47,9 +47,11 @@ def ending(policy: Policy, how: str) -> Policy:
     return replace(policy, eos_ids=tuple(range(size)) if how == "at once" else (size,))  # an id that nobody draws
 
 
-def drawn(policy: Policy, prompts: Prompts, sampling: Sampling) -> Samples:
+def drawn(
+    policy: Policy, prompts: Prompts, sampling: Sampling, at_once: int | None = None, ended: Ended | None = None
+) -> Samples:
     torch.manual_seed(0)
-    return sample(policy, prompts, sampling)
+    return sample(policy, prompts, sampling, at_once, ended=ended)
 
 
 @families
@@ -199,3 +201,63 @@ def test_a_model_that_does_not_attend_to_everything_is_sampled_in_one_plain_call
     assert (shapes(calls) == plain) == windows
     learned_NT, _ = token_logprobs(policy, samples.rows)
     torch.testing.assert_close(samples.logp_NT, learned_NT, rtol=0, atol=1e-5)
+
+
+# --- prompts that wait for a place
+
+MANY: Prompts = [prompt for prompt in (C, A, D, B, [17, 18, 19], [200]) for _ in range(4)]
+
+
+@families
+@pytest.mark.parametrize("at_once", [1, 3, 8, 24])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_completion_is_the_same_however_many_are_drawn_at_a_time(
+    family: Family, at_once: int, temperature: float
+) -> None:
+    policy, sampling = ends_often(tiny_policy(family)), Sampling(9, temperature)
+    expected = drawn(policy, MANY, sampling)
+    found = drawn(policy, MANY, sampling, at_once)
+    assert completions(found) == completions(expected) and found.texts == expected.texts
+    assert torch.equal(found.truncated_N, expected.truncated_N) and found.truncated_N.any()
+    torch.testing.assert_close(found.logp_NT, expected.logp_NT, rtol=0, atol=1e-5)
+    assert len(set(found.rows.completion_len_N.tolist())) > 2
+
+
+@families
+def test_a_place_that_is_free_is_taken_by_the_next_prompt(family: Family) -> None:
+    policy, places, budget = ends_often(tiny_policy(family)), 8, 9
+    with forward_calls(policy.model) as calls:
+        drawn(policy, [C] * 40, Sampling(budget), places)
+    rows_of_each = [rows for rows, width in shapes(calls) if width == 1]
+    assert set(rows_of_each[:-budget]) == {places}  # behind it are those that came last, with nobody waiting
+    assert len(rows_of_each) > 2 * budget
+
+
+def test_the_caller_is_told_of_each_completion_once_as_soon_as_it_has_ended() -> None:
+    policy, told = ends_often(tiny_policy()), list[tuple[int, list[int]]]()
+    samples = drawn(policy, MANY, Sampling(9), 8, lambda *ended: told.extend(zip(*ended, strict=True)))
+    assert [ids for _, ids in sorted(told)] == [ids for _, ids in completions(samples)]
+    places = [place for place, _ in told]
+    assert places != sorted(places) == list(range(len(MANY)))
+
+
+def test_columns_that_are_padding_in_all_rows_go() -> None:
+    """Else a long evaluation would read an ever longer cache."""
+    policy = ends_often(tiny_policy())
+    with forward_calls(policy.model) as calls:
+        sample(policy, [C, *([B] * 60)], Sampling(5), 4)
+    assert max(call["attention_mask"].shape[1] for call in calls) <= len(C) + 5
+    assert min(call["attention_mask"].shape[1] for call in calls[-20:]) <= len(B) + 5
+
+
+@pytest.mark.parametrize("lacking", ["pads", "prefill", "rows_leave"])
+def test_a_policy_that_cannot_take_them_in_draws_one_batch_after_the_other(lacking: str) -> None:
+    policy = replace(ends_often(tiny_policy()), **{lacking: False})
+    found, expected = (drawn(policy, MANY, Sampling(9), at_once) for at_once in (8, None))
+    assert completions(found) == completions(expected)
+
+
+def test_a_model_with_windows_draws_one_batch_after_the_other() -> None:
+    policy = ends_often(tiny_policy(sliding_window=4, use_sliding_window=True, max_window_layers=0))
+    found, expected = (drawn(policy, MANY, Sampling(9), at_once) for at_once in (8, None))
+    assert completions(found) == completions(expected)

@@ -21,8 +21,8 @@ BUGS = [
         35,
         "samples given to the problems of another order",
         "eval/evaluate.py",
-        "for i, text, tokens, cut in zip(batch, drawn.texts, lengths, truncated, strict=True):",
-        "for i, text, tokens, cut in zip(sorted(batch), drawn.texts, lengths, truncated, strict=True):",
+        "examples[rows[place]].answer",
+        "examples[sorted(rows)[place]].answer",
         "Problems are asked by their length, and the answers are held against the golds in the order of the file: "
         "accuracy, pass@k and maj@k are those of guessing.",
         (f"{EVAL}test_samples_stay_with_their_problem_whatever_its_length",),
