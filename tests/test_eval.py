@@ -211,6 +211,7 @@ def test_samples_stay_with_their_problem_whatever_its_length(monkeypatch: pytest
     examples = [Example(question, f"#### {i}", str(i)) for i, question in enumerate(questions)]
     for answer in evaluate(tiny_policy(), examples, HASH, 20, batch_size, samples=3).answers:
         assert [sample.extracted for sample in answer.samples] == [answer.expected] * 3
+        assert answer.strict and all(sample.strict for sample in answer.samples)
 
 
 def test_samples_are_drawn_from_the_policy_of_their_own_prompt_at_the_temperature() -> None:
