@@ -67,12 +67,6 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.filled[name]
 
 
-def keeps_every_token(config: Any) -> bool:
-    """Whether all layers of a model of this configuration do, so that rows can join in the middle."""
-    layers = DynamicCache(config=config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
 def room_for(cache: DynamicCache, tokens: int, model: Any, autocast_dtype: torch.dtype | None) -> None:
     """Give the cache's layers that keep every token room for so many; others (windows, recurrent states) stay."""
     # Autocast casts what goes into `scaled_dot_product_attention`; other attention may use keys in full precision.

@@ -32,7 +32,6 @@ from transformers import (
 )
 
 from eval.around import equal_lengths, ready_to_generate
-from eval.cache import keeps_every_token
 from eval.draw import Draw
 from eval.going import Going
 from sft_core.learn.rows import Rows, pad
@@ -151,7 +150,7 @@ def _batches(policy: Policy, prompts: Sequence[Sequence[int]], at_once: int) -> 
     """The prompts' places, in batches that are drawn one after the other: a single one where a prompt that waits can
     take the place of a row that has ended."""
     batches = [list(range(len(prompts)))] if policy.pads else equal_lengths(prompts)
-    if policy.pads and policy.prefill and policy.rows_leave and keeps_every_token(policy.model.config):
+    if policy.pads and policy.prefill and policy.rows_leave and policy.rows_join:
         return batches
     return [batch[first : first + at_once] for batch in batches for first in range(0, len(batch), at_once)]
 

@@ -27,6 +27,7 @@ from sft_core.model.policy import Policy, without_dropout
 
 TOKENS = 3  # that each row draws
 LEAVER = 0  # the row that is made to end with its first one
+PLACES = 2  # for three prompts: the third comes in when the first has left
 
 
 def trusted_sampler(policy: Policy) -> Policy:
@@ -36,21 +37,25 @@ def trusted_sampler(policy: Policy) -> Policy:
     Raises:
         Refused: none of the ways to sample does.
     """
-    apart = replace(policy, prefill=False)
+    in_turn = replace(policy, rows_join=False)
+    apart = replace(in_turn, prefill=False)
     whole = replace(apart, rows_leave=False)
     ways = [
         Way(policy),
+        Way(in_turn, "prompts that take the places of ended rows"),
         Way(apart, "prompts read once a group"),
         Way(whole, "prompts read once a group and rows that leave"),
         Way(replace(whole, pads=False), "prompts read once a group, rows that leave and padding"),
         Way(replace(whole, pads=False, cached=False), "a cache (slow), padding and rows that leave"),
     ]
-    prompts = probe_rows(policy).prompt_ids()
+    long, again, short = probe_rows(policy).prompt_ids()
 
     def apart_by(way: Policy) -> float:
         torch.manual_seed(0)
+        # Padded from the beginning, and by one column when it comes in; or both that are equal, side by side.
+        prompts = [long, short, again] if way.rows_join else [long, again, short]
         with watched(policy.model, way.rows_leave) as found:
-            samples = sample(exact(way), prompts, Sampling(TOKENS, TEMPERATURE))
+            samples = sample(exact(way), prompts, Sampling(TOKENS, TEMPERATURE), PLACES if way.rows_join else None)
         truth_NT = plain_logprobs(way, samples.rows, TEMPERATURE, together=True)
         found.append(largest_difference(samples.logp_NT, truth_NT, samples.rows))
         return float(torch.tensor(found).max())  # NaN where one of them is

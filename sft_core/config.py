@@ -50,7 +50,9 @@ class ModelConfig:
     logit_chunk: int = flag(
         2**26, "how many logits the learner computes at a time (2**26: 256 MB); same gradient; 0: all"
     )
-    rows_leave: bool = flag(True, "finished completions leave the batch during sampling; same distribution")
+    rows_leave: bool = flag(
+        True, "finished completions leave the batch, and make room for problems that wait; same distribution"
+    )
     half_copies: bool = flag(True, "sampler and reference cast their matrices once, not per use; same numbers")
 
     keep_freed_memory: bool = flag(True, "on a Linux CPU, the process keeps freed memory for its next allocation")

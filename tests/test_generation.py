@@ -250,14 +250,8 @@ def test_columns_that_are_padding_in_all_rows_go() -> None:
     assert min(call["attention_mask"].shape[1] for call in calls[-20:]) <= len(B) + 5
 
 
-@pytest.mark.parametrize("lacking", ["pads", "prefill", "rows_leave"])
+@pytest.mark.parametrize("lacking", ["pads", "prefill", "rows_leave", "rows_join"])
 def test_a_policy_that_cannot_take_them_in_draws_one_batch_after_the_other(lacking: str) -> None:
     policy = replace(ends_often(tiny_policy()), **{lacking: False})
-    found, expected = (drawn(policy, MANY, Sampling(9), at_once) for at_once in (8, None))
-    assert completions(found) == completions(expected)
-
-
-def test_a_model_with_windows_draws_one_batch_after_the_other() -> None:
-    policy = ends_often(tiny_policy(sliding_window=4, use_sliding_window=True, max_window_layers=0))
     found, expected = (drawn(policy, MANY, Sampling(9), at_once) for at_once in (8, None))
     assert completions(found) == completions(expected)

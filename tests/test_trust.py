@@ -28,7 +28,7 @@ from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, tiny_policy
 
-SHORTCUTS = {"segments", "groups", "split_head", "prefill", "rows_leave"}
+SHORTCUTS = {"segments", "groups", "split_head", "prefill", "rows_leave", "rows_join"}
 
 
 def on(policy: Policy) -> set[str]:
@@ -102,7 +102,7 @@ def test_a_model_that_ignores_position_ids_reads_rows_apart() -> None:
 
     wrapped(backbone_and_head(policy.model)[0], counting)
     found = trusted_learner(policy)
-    assert on(found) == {"split_head", "prefill", "rows_leave"} and agrees(found) and not agrees(policy)
+    assert on(found) == {"split_head", "prefill", "rows_leave", "rows_join"} and agrees(found) and not agrees(policy)
 
 
 def test_a_model_whose_attention_is_not_taken_apart_gets_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_a_model_that_ignores_masks_of_four_dimensions_reads_rows_apart() -> Non
 
     wrapped(backbone_and_head(policy.model)[0], causal_alone)
     found = trusted_learner(policy)
-    assert on(found) == {"split_head", "prefill", "rows_leave"} and agrees(found) and not agrees(policy)
+    assert on(found) == {"split_head", "prefill", "rows_leave", "rows_join"} and agrees(found) and not agrees(policy)
 
 
 def test_a_cache_that_cannot_be_selected_from_is_left_to_generate(
@@ -240,3 +240,21 @@ def test_completions_of_prompts_of_one_length_at_a_time_are_those_of_each_prompt
     assert together.rows.completion_ids() == alone and together.rows.prompt_ids() == prompts
     drawn = sample(policy, prompts, Sampling(6))
     assert largest_difference(drawn.logp_NT, plain_logprobs(policy, drawn.rows), drawn.rows) < 1e-4
+
+
+def test_a_model_that_counts_positions_by_its_cache_takes_in_no_prompt_in_the_middle(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As RoFormer does: padding shifts a whole row, which rotary positions do not notice; coming in later does."""
+    policy = tiny_policy()
+
+    def by_cache(real: Any, *args: Any, position_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        known = past_key_values.get_seq_length() if past_key_values is not None else 0
+        ids = args[0] if args else kwargs["input_ids"]
+        place = torch.arange(known, known + ids.shape[1]).expand(len(ids), -1)
+        return real(*args, position_ids=place, past_key_values=past_key_values, **kwargs)
+
+    wrapped(backbone_and_head(policy.model)[0], by_cache)
+    found = trusted_sampler(policy)
+    assert on(found) == SHORTCUTS - {"rows_join"}
+    assert capsys.readouterr().err.startswith("sampler without prompts that take the places of ended rows: ")

@@ -46,6 +46,7 @@ class Policy:
     split_head: bool = True  # logits are head(backbone), of the tokens that are scored alone
     logit_chunk: int = 2**26  # logits that exist at once in the learner: 256 MB in float32; 0: all
     rows_leave: bool = True  # completions that have ended leave the batch while it is sampled
+    rows_join: bool = True  # prompts that wait take their places
     pads: bool = True  # prompts of unlike lengths are sampled in one batch
     cached: bool = True  # the sampler computes each token once
     half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
