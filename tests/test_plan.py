@@ -14,6 +14,7 @@ from grpo_core.config import GRPOConfig
 from grpo_core.forecast.memory import batches_of, plan
 from sft_core.config import ModelConfig
 from sft_core.learn.footprint import GB, Batch, Lengths, kept_bytes
+from sft_core.learn.layout import rows_of_group
 from sft_core.learn.offload import PIECE
 from sft_core.model.shapes import Shapes
 from sft_core.model.source import Source, find_source
@@ -157,24 +158,39 @@ def test_keys_and_values_are_8_bytes_a_row_token_layer_and_width() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, [(22, 40, 16), (22, 40, 16)]),  # a group's prompt once: 6 + 4 * 4; in attention with each: 4 * (6 + 4)
-        ({"micro_batch": 8}, [(44, 80, 32)]),
-        ({"micro_batch": 3}, [(18, 30, 12), (24, 30, 12), (14, 20, 8)]),  # a micro-batch across two groups
-        ({"micro_batch": 3, "share_prompts": False}, [(30, 30, 12), (30, 30, 12), (20, 20, 8)]),
+        # A group's prompt once, 6 + 4 * 4; as keys it is there for itself and for each completion, 6 + 4 * (6 + 4).
+        ({}, [(22, 22, 46, 178), (22, 22, 46, 178)]),
+        ({"micro_batch": 8}, [(44, 44, 92, 356)]),
+        ({"micro_batch": 3}, [(18, 18, 36, 138), (24, 30, 30, 150), (14, 14, 26, 98)]),  # one goes across two groups
+        ({"micro_batch": 3, "share_prompts": False}, [(30, 30, 30, 150), (30, 30, 30, 150), (20, 20, 20, 100)]),
     ],
 )
-def test_micro_batches_are_packed_as_the_learner_packs_them(values: Any, expected: list[tuple[int, int, int]]) -> None:
+def test_micro_batches_are_packed_as_the_learner_packs_them(
+    values: Any, expected: list[tuple[int, int, int, float]]
+) -> None:
     batches = batches_of(small(**values), ROUND, LENGTHS)
-    assert [(batch.tokens, batch.attended, batch.predicted) for batch in batches] == expected
+    assert [(batch.tokens, batch.queries, batch.keys, batch.pairs) for batch in batches] == expected
+    assert sum(batch.predicted for batch in batches) == 8 * 4
+
+
+@pytest.mark.parametrize("lengths", [Lengths(6, 4), Lengths(40, 4), Lengths(4, 6)])
+def test_attention_is_planned_for_the_rows_that_the_learner_cuts(lengths: Lengths) -> None:
+    P, T, G = lengths.prompt, lengths.completion, 3
+    rows = rows_of_group(range(P), [range(P + n * T, P + (n + 1) * T) for n in range(G)])
+    batch = Batch.of(1, G, lengths, shared=True)
+    assert batch.queries == sum(len(row.places) - row.before for row in rows)
+    assert batch.keys == sum(len(row.places) for row in rows)
+    assert batch.masked == sum(row.pairs for row in rows if row.before)
+    assert batch.pairs == sum(row.pairs / (1 if row.before else 2) for row in rows)
 
 
 def test_checkpointing_keeps_the_stream_alone() -> None:
-    batch = Batch(tokens=22, attended=40, width=10, predicted=16, apart=True)
+    batch = Batch.of(1, 4, LENGTHS, shared=True)
     assert kept_bytes(small(gradient_checkpointing=True), ROUND, False, batch) == 2 * 22 * 4 * 10
-    # float32: four of the norms' tensors, two shared inputs, the result, four of the MLP's; in attention, with the
-    # prompt in each row, queries, result, keys, values and log-sum-exps.
+    # float32: four of the norms' tensors, two shared inputs, the result, four of the MLP's; in attention queries,
+    # result and log-sum-exps, keys and values with the prompt in each row, and a mask.
     assert kept_bytes(small(), ROUND, False, batch) == 2 * 4 * (
-        22 * (40 + 20 + 10 + 160) + 40 * (20 + 2 * ROUND.keys + 2)
+        22 * (40 + 20 + 10 + 160) + 22 * (20 + 2) + 46 * 2 * ROUND.keys + 4 * 4 * (6 + 4)
     )
 
 

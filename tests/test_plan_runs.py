@@ -21,7 +21,7 @@ from grpo_core.forecast.machine import GPUS, Ceilings, machine, measured
 from grpo_core.forecast.memory import fitted
 from grpo_core.forecast.roofline import Phase, decode, phases, prefill
 from sft_core.config import ModelConfig
-from sft_core.learn.footprint import GB, Batch, kept_bytes
+from sft_core.learn.footprint import GB, Batch, Lengths, kept_bytes
 from sft_core.learn.layout import pack
 from sft_core.learn.rows import pack_rows
 from sft_core.model.segments import attend_by_segments, attending_by, layouts
@@ -76,12 +76,13 @@ def test_named_lora_targets_are_the_ones_that_count(folder: Path) -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_activations_are_what_autograd_saves(family: Any, apart: bool, half: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("P", [10, 60])
+def test_activations_are_what_autograd_saves(P: int, family: Any, apart: bool, half: bool, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     shapes = shapes_of(*source_of(tmp_path))
     attend_by_segments(model)
-    rows = pack_rows([[5] * 40] * 4 + [[6] * 40] * 4, [[7] * 20] * 8, pad_id=0)
+    rows = pack_rows([[5] * P] * 4 + [[6] * P] * 4, [[7] * 20] * 8, pad_id=0)
     packed = pack(rows, layouts(model)[0] if apart else "rows")
     inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -96,7 +97,9 @@ def test_activations_are_what_autograd_saves(family: Any, apart: bool, half: boo
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast, attending_by(packed.segments):
         model.base_model(**inputs, use_cache=False)
-    predicted = kept_bytes(small(), shapes, half, Batch(packed.ids_RL.numel(), 8 * 60, 60, 0, apart))
+    batch = Batch.of(2, 8, Lengths(P, 20), shared=apart)
+    assert batch.tokens == packed.ids_RL.numel()
+    predicted = kept_bytes(small(), shapes, half, batch)
     assert predicted == pytest.approx(sum(size for size, _ in saved.values()), rel=0.15)
 
 
@@ -177,7 +180,8 @@ def test_phases_by_hand() -> None:
     assert found["prefill"] == Phase(2 * 6 * (2 * 2 * 700 + 2 * 4 * 10 * 3), 4 * 1400)  # each looks at 3 on average
     assert found["decode"].flops == 4 * 8 * (2 * 2 * 700 + 2 * 4 * 10 * 8 + 2 * 10_000)
     assert found["decode"].bytes == 4 * (4 * 11_400 + 6 * 4 * 8 * 1000 + 2 * 4 * 5 * 2 * 8 * 8)
-    layers, head = 44 * 2 * 2 * 700 + 80 * 2 * 4 * 10 * 5, 32 * 2 * 10_000  # attention: 8 rows of 10
+    # Attention: two prompts of 6, each token with half of them; behind them 8 completions of 4, each token with all 10.
+    layers, head = 44 * 2 * 2 * 700 + (2 * 6 * 3 + 8 * 4 * 10) * 2 * 4 * 10, 32 * 2 * 10_000
     assert found["learner"].flops == 3 * (3 * layers + 4 * head)
     assert phases(small(gradient_checkpointing=True), ROUND, False, LENGTHS)["learner"].flops == 4 * layers + 4 * head
     assert phases(small(beta=0.1), ROUND, False, LENGTHS)["reference"].flops == layers + head

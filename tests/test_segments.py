@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import sft_core.learn.layout
 import sft_core.model.segments
 from benchmarks.layouts import kept, line_through, policy_of, row_of
+from sft_core.learn.layout import WASTE, Row, batched, rows_of_group, segments
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
-from sft_core.model.segments import Row, segments
 from tests.helpers import PEFT_IS_BEHIND, adapted, checkpoint_activations, largest_difference, tiny_policy
 
 # The second layer's, shorter than rows.
@@ -41,7 +42,7 @@ ROWS = {
     "groups": rows_of({7: [3, 11, 1, 6], 2: [9, 9], 12: [4]}),
     "single rows": rows_of({3: [8], 9: [1], 5: [5]}),  # as SFT's
     "completions without tokens": rows_of({4: [5, 0, 2], 6: [0, 0], 3: [0, 7]}),
-    "long prompts": rows_of({40: [3, 1, 5, 2], 9: [7, 6], 30: [2, 2, 0, 4]}),  # whole groups, under a mask
+    "long prompts": rows_of({40: [3, 1, 5, 2], 9: [7, 6], 30: [2, 2, 0, 4]}),  # keys alone
     "nothing to learn": rows_of({4: [0, 0], 6: [0]}),
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -74,7 +75,7 @@ def learned(policy: Policy, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
 def test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart(
     kind: str, case: str, waste: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft_core.model.segments, "WASTE", waste)
+    monkeypatch.setattr(sft_core.learn.layout, "WASTE", waste)
     assert POLICIES[kind]().layout == "sequence"
     found, gradient = learned(POLICIES[kind](), ROWS[case])
     expected, apart = learned(replace(POLICIES[kind](), layout="rows"), ROWS[case])
@@ -91,26 +92,49 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_tokens_and_not_with_t
     assert most - more == pytest.approx(2 * (more - few), rel=0.02)
 
 
-def test_rows_of_similar_length_share_a_call_and_others_do_not() -> None:
-    lengths = [100, 400, 10, 12, 390]
-    cut = segments(lengths, [Row(0, number) for number in range(1, 5)])
-    assert cut.batches == ((Row(0, 1), Row(0, 4)), (Row(0, 3), Row(0, 2)))
-    assert cut.longest == 500
+def shape_of(row: Row) -> tuple[int, int]:
+    """Queries and keys."""
+    return len(row.places) - row.before, len(row.places)
 
 
-def test_a_group_stays_whole_where_its_prompt_is_long_and_its_completions_are_short() -> None:
-    cut = segments([100, 3, 4, 5, 50, 40, 60], [*(Row(0, n) for n in (1, 2, 3)), Row(4, 5), Row(4, 6)])
-    assert cut.groups == ((0, 4),) and cut.longest == 110
-    assert cut.batches == ((Row(4, 6), Row(4, 5)),)
+def test_rows_of_similar_size_share_a_call_and_others_do_not() -> None:
+    rows = [Row(tuple(range(length)), before=0) for length in (110, 500, 112, 490)]
+    assert [[len(row.places) for row in batch] for batch in batched(rows)] == [[500, 490], [112, 110]]
+    # The padding of many rows is counted together.
+    many = batched([Row(tuple(range(length)), before=0) for length in (*([110] * 50), 100)])
+    assert [len(batch) for batch in many] == [50, 1] or [len(batch) for batch in many] == [51]
+    wasted = [len(batch) * len(batch[0].places) ** 2 - sum(row.pairs for row in batch) for batch in many]
+    assert max(wasted) < WASTE
+
+
+def test_a_prompt_is_keys_alone_where_it_is_longer_than_most_of_its_completions() -> None:
+    short = rows_of_group(range(100), [range(100, 103), range(103, 107)])
+    assert [shape_of(row) for row in short] == [(100, 100), (3, 103), (4, 104)]
+    assert short[2].places == (*range(100), *range(103, 107))
+    long = rows_of_group(range(50), [range(50, 190), range(190, 250)])
+    assert [shape_of(row) for row in long] == [(190, 190), (110, 110)]
+    assert [shape_of(row) for row in rows_of_group(range(9), [])] == [(9, 9)]
+    assert [shape_of(row) for row in rows_of_group(range(9), [range(9, 11)])] == [(11, 11)]
+
+
+def test_each_token_finds_its_own_attention() -> None:
+    """Of a sequence whose attention is each query's own place, back comes the sequence."""
+    rows = [*rows_of_group(range(9), [range(9, 11), range(11, 12)]), *rows_of_group(range(12, 14), [range(14, 20)])]
+    cut = segments(rows, 20)
+    assert torch.cat([batch.query_NQ.flatten() for batch in cut.batches])[cut.place_S].tolist() == list(range(20))
 
 
 def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail."""
     policy, rows = tiny_policy(), ROWS["groups"]
     expected, _ = token_logprobs(policy, rows)
-    real: Any = sft_core.model.segments._rows
-    monkeypatch.setattr(sft_core.model.segments, "_rows", lambda pieces, *rest: real(pieces[::-1], *rest))
-    with pytest.raises((RuntimeError, AssertionError)):
+    real: Any = sft_core.model.segments._at
+
+    def another(tokens: Tensor, places: Tensor) -> Tensor:
+        return real(tokens, places.flip(0) if places.dim() == 2 else places)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(sft_core.model.segments, "_at", another)
+    with pytest.raises(AssertionError):
         torch.testing.assert_close(token_logprobs(policy, rows)[0], expected, rtol=0, atol=0.1)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from sft_core.learn.layout import prompts_are_keys_alone
 from sft_core.learn.offload import PIECE
 from sft_core.learn.rows import Tokens
 from sft_core.model.shapes import Shapes
@@ -44,20 +45,30 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-batch sends through the learner: `tokens` through the layers, of which the head sees `predicted`;
-    attention sees `attended`, in rows of `width`: more where it takes one sequence `apart`, each completion with its
-    prompt."""
+    """What one micro-batch sends through the learner: `tokens` through the layers, of which the head sees `predicted`.
+    Attention sees so many `queries` and `keys`, more than tokens where it takes one sequence `apart` into rows, and
+    `pairs` of both; of these a mask covers `masked`."""
 
     tokens: int
-    attended: int
-    width: int
+    queries: int
+    keys: int
+    pairs: float
     predicted: int
     apart: bool
+    masked: int = 0
 
-    @property
-    def pairs(self) -> float:
-        """Of a query and a key that it looks at: all before it."""
-        return self.attended * self.width / 2
+    @staticmethod
+    def of(groups: int, rows: int, lengths: Lengths, shared: bool) -> Batch:
+        """So many rows of these lengths, of so many prompts where they are `shared`."""
+        P, T, predicted = lengths.prompt, lengths.completion, rows * lengths.completion
+        whole = rows * (P + T)
+        if not shared:
+            return Batch(whole, whole, whole, whole * (P + T) / 2, predicted, apart=False)
+        tokens, masked = groups * P + rows * T, rows * T * (P + T)
+        if prompts_are_keys_alone(P, [T] * (rows // groups)):
+            keys, pairs = groups * P + whole, groups * P**2 / 2 + masked
+            return Batch(tokens, tokens, keys, pairs, predicted, True, masked)
+        return Batch(tokens, whole, whole, whole * (P + T) / 2, predicted, apart=True)
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def micro_batches(rows: int, group: int, lengths: Lengths, shared: bool, micro_b
     for start in range(0, rows, micro_batch):
         count = min(micro_batch, rows - start)
         groups = len({row // group for row in range(start, start + count)}) if shared else count
-        batches.append(Batch(groups * P + count * T, count * (P + T), P + T, count * T, shared))
+        batches.append(Batch.of(groups, count, lengths, shared))
     return batches
 
 
@@ -194,7 +205,7 @@ def _layer_kept(shapes: Shapes, half: bool, batch: Batch) -> float:
 
     Norms: their input, and for RMSNorm the normalised input, both float32. Under autocast each matrix saves its own
     half-precision copy of its input, and its weight's; in float32 the input is saved once for those that share it.
-    Attention: queries, keys, values, result. MLP: the projections, the activation, their product.
+    Attention: queries, keys, values, result, a mask as numbers. MLP: the projections, the activation, their product.
     """
     D, Q, K, inner = shapes.hidden, shapes.queries, shapes.keys, shapes.inner
     size = HALF if half else SINGLE
@@ -202,7 +213,7 @@ def _layer_kept(shapes: Shapes, half: bool, batch: Batch) -> float:
     if shapes.head_norms:
         norms += (SINGLE + size) * (Q + K)
     inputs = (5 if shapes.rms else 2) * D if half else 2 * D
-    attention = batch.attended * (2 * Q + 2 * K + SINGLE * shapes.heads / size)
+    attention = batch.queries * (2 * Q + SINGLE * shapes.heads / size) + batch.keys * 2 * K + batch.masked
     attention += batch.tokens * Q if batch.apart else 0  # the result, put together again
     mlp = (4 if shapes.gated else 5) * inner
     casts = HALF * shapes.layer if half else 0

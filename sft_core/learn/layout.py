@@ -17,13 +17,15 @@ each prompt, a mask hides the completions from one another; here two of one prom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sft_core.learn.rows import Rows, pad
-from sft_core.model.segments import Layout, Row, Segments, segments
+from sft_core.model.segments import Batch, Layout, Segments
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Packed:
     segments: Segments | None = None  # of one sequence
 
 
+# A batch of rows for attention wastes fewer (query, key) pairs than this on padding: a call of its own takes as long.
+WASTE = 128**2
 # A token's other layers cost about as much as its attention to so many keys: 24 D^2 flops and 4 D a key, D = 896.
 KEYS_A_TOKEN = 5400
 
@@ -59,7 +63,8 @@ def pack(rows: Rows, layout: Layout) -> Packed:
     packed = _one_sequence(groups) if layout == "sequence" else _a_row_each(groups)
     parts = (packed.ids_RL, packed.position_RL, packed.attention, packed.predictor_M)
     ids_RL, position_RL, attention, predictor_M = (part.to(rows.ids_NL.device) for part in parts)
-    return Packed(ids_RL, position_RL, attention, predictor_M, packed.segments)
+    cut = packed.segments.to(rows.ids_NL.device) if packed.segments else None
+    return Packed(ids_RL, position_RL, attention, predictor_M, cut)
 
 
 def _cost(groups: list[Group]) -> float:
@@ -73,26 +78,83 @@ def _one_sequence(groups: list[Group]) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
-    lengths: list[int] = []
     rows: list[Row] = []
     for prompt, completions in groups:
-        first, P = len(ids), len(prompt)
+        P, prompt_at = len(prompt), range(len(ids), len(ids) + len(prompt))
         ids += prompt
         positions += range(P)
-        told = [completion for completion in completions if completion]
-        number = len(lengths)
-        if len(told) == 1:  # prompt and completion are one piece
-            lengths.append(P + len(told[0]))
-            rows.append(Row(number))
-        else:
-            lengths += [P, *map(len, told)]
-            rows += [Row(number, number + 1 + i) for i in range(len(told))] or [Row(number)]
-        for completion in told:
-            predictors += [first + P - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+        told = []
+        for completion in filter(None, completions):
+            told.append(range(len(ids), len(ids) + len(completion)))
+            predictors += [prompt_at[-1], *told[-1][:-1]]
             ids += completion
             positions += range(P, P + len(completion))
+        rows += rows_of_group(prompt_at, told)
     tensors = (torch.tensor([ids]), torch.tensor([positions]), torch.ones(1, len(ids), dtype=torch.long))
-    return Packed(*tensors, torch.tensor(predictors, dtype=torch.long), segments(lengths, rows))
+    return Packed(*tensors, torch.tensor(predictors, dtype=torch.long), segments(rows, len(ids)))
+
+
+class Row(NamedTuple):
+    """A row of attention: the places of its tokens in the sequence, and how many of them are keys alone."""
+
+    places: tuple[int, ...]
+    before: int
+
+    @property
+    def pairs(self) -> int:
+        return (len(self.places) - self.before) * len(self.places)
+
+
+def rows_of_group(prompt: range, completions: Sequence[range]) -> list[Row]:
+    """A row for each completion behind its prompt; or one for the prompt and, for each completion, one in which the
+    prompt's tokens are keys alone.
+
+    >>> [(len(row.places), row.before) for row in rows_of_group(range(9), [range(9, 12), range(12, 13)])]
+    [(9, 0), (12, 9), (10, 9)]
+    >>> [(len(row.places), row.before) for row in rows_of_group(range(3), [range(3, 12), range(12, 21)])]
+    [(12, 0), (12, 0)]
+    """
+    P = len(prompt)
+    before = P if prompts_are_keys_alone(P, [len(completion) for completion in completions]) else 0
+    rows = [Row((*prompt, *completion), before) for completion in completions]
+    return [Row((*prompt,), 0), *rows] if before or not rows else rows
+
+
+def prompts_are_keys_alone(P: int, completions: Sequence[int]) -> bool:
+    """Whether that is fewer pairs of query and key than rows in which a prompt's tokens are queries as well. Of those
+    half are left out, for none looks at what comes later."""
+    return P**2 / 2 + sum(T * (P + T) for T in completions) < sum((P + T) ** 2 for T in completions) / 2
+
+
+def segments(rows: Sequence[Row], S: int) -> Segments:
+    """The rows of a sequence of S tokens in batches, and the way back to the sequence."""
+    found, place_S, start = [], torch.zeros(S, dtype=torch.long), 0
+    for batch in batched([row for row in rows if not row.before]) + batched([row for row in rows if row.before]):
+        queries = [row.places[row.before :] for row in batch]
+        query_NQ, key_NK = pad(queries, 0, "right"), pad([row.places for row in batch], 0, "right")
+        before_N = torch.tensor([row.before for row in batch]) if batch[0].before else None
+        found.append(Batch(query_NQ, key_NK, before_N))
+        Q = query_NQ.shape[1]
+        for number, places in reversed(list(enumerate(queries))):  # of a prompt in several rows, the first
+            at = start + number * Q
+            place_S[list(places)] = torch.arange(at, at + len(places))
+        start += len(batch) * Q
+    return Segments(tuple(found), place_S)
+
+
+def batched(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of like sizes share a call of attention, while their padding costs less than another call."""
+    batches: list[list[Row]] = []
+    Q = K = pairs = 0
+    for row in sorted(rows, key=lambda row: -row.pairs):
+        queries, keys = max(Q, len(row.places) - row.before), max(K, len(row.places))
+        pairs += row.pairs
+        if not batches or (len(batches[-1]) + 1) * queries * keys - pairs >= WASTE:
+            batches.append([])
+            queries, keys, pairs = len(row.places) - row.before, len(row.places), row.pairs
+        batches[-1].append(row)
+        Q, K = queries, keys
+    return batches
 
 
 def _a_row_each(groups: list[Group]) -> Packed:

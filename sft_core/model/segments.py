@@ -3,10 +3,10 @@
     ids         q  q  q  a  b  e  c  e  p  p  d  e     a b e and c e answer q q q, d e answers p p
     position    0  1  2  3  4  5  3  4  0  1  2  3     each completion continues after its prompt
 
-All layers but attention see this sequence as it is, each token once and no padding. Attention is computed for the rows
-q q q a b e, q q q c e and p p d e: causal, so no mask is needed, and completions never look at one another. Each row
-computes its prompt's attention again. Where that would cost more (long prompts, short completions), attention takes the
-group in one piece, q q q a b e c e, under a mask.
+All layers but attention see this sequence as it is, each token once and no padding. Attention is computed for rows that
+are gathered from it, so that completions never look at one another: q q q a b e, q q q c e and p p d e, each token
+looking at all before it; or, where prompts are long and completions short, q q q by itself, and a b e and c e with
+q q q before them as keys alone (sft_core.learn.layout decides).
 
 transformers has a public place for attention functions (`AttentionInterface`, `AttentionMaskInterface`). What is put
 there hands everything but such sequences on to its own function for `scaled_dot_product_attention`.
@@ -14,7 +14,7 @@ there hands everything but such sequences on to its own function for `scaled_dot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -34,73 +34,42 @@ from sft_core.model.backbone import without_adapter
 Layout = Literal["sequence", "groups", "rows"]
 
 NAME = "segments"
-# Rows of unlike lengths share a call, the shorter ones padded, as long as a row wastes fewer (query, key) pairs than
-# this: their attention takes about as long as a call of its own.
-WASTE = 128**2
 
 
-class Row(NamedTuple):
-    """A row by its pieces of the sequence: a completion's prompt and its own tokens, or all of it in one piece."""
+class Batch(NamedTuple):
+    """Rows that share a call, by the places of their tokens in the sequence; the shorter ones are padded on the right
+    with any place, for nothing that counts looks there."""
 
-    prompt: int
-    completion: int | None = None
+    query_NQ: Tensor
+    key_NK: Tensor  # the row from its beginning
+    before_N: Tensor | None  # how many keys are before a row's first query; None: in no row any
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A sequence cut into pieces of these `lengths`, and the rows that they form, in batches, the longest row first; or
-    whole groups, each by its prompt's piece and the piece after its last completion's."""
+    """A sequence of S tokens, cut into rows. In what attention finds for them, batch by batch, `place_S` is where each
+    token's is."""
 
-    lengths: tuple[int, ...]
-    batches: tuple[tuple[Row, ...], ...]
-    groups: tuple[tuple[int, int], ...] = ()
+    batches: tuple[Batch, ...]
+    place_S: Tensor
 
     @property
     def longest(self) -> int:
-        rows = [length(batch[0], self.lengths) for batch in self.batches]
-        return max(rows + [self.lengths[at] + max(self.lengths[at + 1 : end]) for at, end in self.groups])
+        return max(batch.key_NK.shape[1] for batch in self.batches)
 
-
-def length(row: Row, lengths: Sequence[int]) -> int:
-    """Of a row, in tokens."""
-    return lengths[row.prompt] + (0 if row.completion is None else lengths[row.completion])
-
-
-def segments(lengths: Sequence[int], rows: Sequence[Row]) -> Segments:
-    """Batches for attention. A prompt's completions are the pieces behind its own.
-
-    >>> segments([3, 200, 2, 1], [Row(0, 1), Row(0, 2), Row(0, 3)]).batches
-    ((Row(prompt=0, completion=1),), (Row(prompt=0, completion=2), Row(prompt=0, completion=3)))
-    """
-    of_prompt: dict[int, list[Row]] = {}
-    for row in rows:
-        of_prompt.setdefault(row.prompt, []).append(row)
-    groups: list[tuple[int, int]] = []
-    for prompt, its_rows in of_prompt.items():
-        end = prompt + len(its_rows) + 1
-        # Under a mask all pairs of the group are computed, else half of each row's.
-        if its_rows[0].completion is not None and sum(lengths[prompt:end]) ** 2 < _pairs(its_rows, lengths):
-            groups.append((prompt, end))
-    apart = [row for row in rows if row.prompt not in dict(groups)]
-    batches: list[list[Row]] = []
-    for row in sorted(apart, key=lambda row: -length(row, lengths)):
-        if batches and length(batches[-1][0], lengths) ** 2 - length(row, lengths) ** 2 < WASTE:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return Segments(tuple(lengths), tuple(map(tuple, batches)), tuple(groups))
-
-
-def _pairs(rows: Sequence[Row], lengths: Sequence[int]) -> float:
-    return sum(length(row, lengths) ** 2 for row in rows) / 2
+    def to(self, device: torch.device) -> Segments:
+        batches = (
+            Batch(query_NQ.to(device), key_NK.to(device), None if before_N is None else before_N.to(device))
+            for query_NQ, key_NK, before_N in self.batches
+        )
+        return Segments(tuple(batches), self.place_S.to(device))
 
 
 class RowsMask(NamedTuple):
     """Travels through the model in the mask's place, to each layer's attention and to its recomputation."""
 
     segments: Segments
-    allowed: Tensor | None  # (longest, longest) bool, of any row; None: everything before
-    of_groups: tuple[Tensor, ...] = ()  # (1, 1, tokens, tokens) bool
+    allowed: tuple[Tensor | None, ...]  # of each batch, bool (N or 1, 1, Q, K); None: everything before
 
 
 _present: ContextVar[Segments | None] = ContextVar("segments", default=None)
@@ -122,23 +91,18 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
     if cut is None:
         return sdpa_mask(*given, **named, mask_function=mask_function)  # type: ignore[misc]
     plain = _repeats_no_keys(named["device"])
-    if plain and mask_function is causal_mask_function and not cut.groups:
-        return RowsMask(cut, None)
     at = torch.arange(cut.longest, device=named["device"])
-    causal = at[:, None] >= at[None, :]
-    allowed = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:, None], at[None, :])
-    of_groups = tuple(_of_group(allowed, cut.lengths[at:end]) for at, end in cut.groups)
-    return RowsMask(cut, None if plain and torch.equal(allowed, causal) else allowed, of_groups)
 
+    def allowed(batch: Batch) -> Tensor | None:
+        Q, K = batch.query_NQ.shape[1], batch.key_NK.shape[1]
+        if batch.before_N is None:
+            causal = at[:Q, None] >= at[:K]
+            seen = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:Q, None], at[None, :K])
+            return None if plain and torch.equal(seen, causal) else seen[None, None]
+        seen = mask_function(0, 0, (batch.before_N[:, None] + at[:Q])[:, :, None], at[None, None, :K])
+        return seen[:, None]  # type: ignore[no-any-return]
 
-def _of_group(allowed: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What each token of a prompt and its completions sees: of the prompt and its own completion what a row would."""
-    device, P = allowed.device, lengths[0]
-    positions = [torch.arange(P, device=device)] + [torch.arange(P, P + T, device=device) for T in lengths[1:]]
-    position = torch.cat(positions)
-    part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
-    seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
-    return (allowed[position[:, None], position[None, :]] & seen)[None, None]
+    return RowsMask(cut, tuple(map(allowed, cut.batches)))
 
 
 def _repeats_no_keys(device: torch.device) -> bool:
@@ -152,31 +116,37 @@ def _repeats_no_keys(device: torch.device) -> bool:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
 ) -> tuple[Tensor, None]:
-    """query, key, value (1, heads, tokens, size) -> (1, tokens, heads, size); without segments, for more rows, too."""
+    """query, key, value (1, heads, S, size) -> (1, S, heads, size); without segments, for more rows, too."""
     if not isinstance(attention_mask, RowsMask):
         if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             return _next_token(query, key, value, attention_mask, given.get("scaling"), given.get("dropout", 0.0)), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
-    cut, allowed, of_groups = attention_mask
-    # split and cat, whose derivatives are one cat and one split; each slice's own would be a tensor of zeros.
-    pieces = [tensor[0].transpose(0, 1).split(cut.lengths) for tensor in (query, key, value)]
-    attended: dict[int, Tensor] = {}
-    for batch in cut.batches:
-        width = length(batch[0], cut.lengths)
-        q, k, v = (_rows(each, batch, width).transpose(1, 2) for each in pieces)
-        mask = None if allowed is None else allowed[:width, :width]
-        out, _ = sdpa_attention_forward(module, q, k, v, mask, **{**given, "is_causal": True})
-        for row, out_LHD in zip(batch, out, strict=True):
-            P, tokens = cut.lengths[row.prompt], length(row, cut.lengths)
-            of_prompt, of_completion, _ = out_LHD.split([P, tokens - P, width - tokens])
-            attended.setdefault(row.prompt, of_prompt)  # the same in all rows of a prompt
-            if row.completion is not None:
-                attended[row.completion] = of_completion
-    for (prompt, end), mask in zip(cut.groups, of_groups, strict=True):
-        q, k, v = (torch.cat(each[prompt:end])[None].transpose(1, 2) for each in pieces)
-        out, _ = sdpa_attention_forward(module, q, k, v, mask, **given)
-        attended |= dict(enumerate(out[0].split(cut.lengths[prompt:end]), prompt))
-    return torch.cat([attended[number] for number in range(len(cut.lengths))])[None], None
+    cut, allowed = attention_mask
+    q_S, k_S, v_S = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    found = []
+    for (query_NQ, key_NK, _), mask in zip(cut.batches, allowed, strict=True):
+        q, k, v = (_at(*each).transpose(1, 2) for each in ((q_S, query_NQ), (k_S, key_NK), (v_S, key_NK)))
+        found.append(_rows_attend(module, q, k, v, mask, given).flatten(0, 1))
+    return _at(torch.cat(found), cut.place_S)[None], None
+
+
+def _at(tokens: Tensor, places: Tensor) -> Tensor:
+    """The tokens' (heads, size) at these places. As words of an embedding, whose derivative adds up the gradients of a
+    token that is read by several rows in their order, whatever the number of threads, and quickly."""
+    return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
+
+
+def _rows_attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """(N, heads, Q, size) of query, (N, heads, K, size) of key and value -> (N, Q, heads, size)."""
+    if mask is not None and query.device.type == "cpu":  # where keys need no copies for the heads that share them
+        scale, dropout = given.get("scaling"), given.get("dropout", 0.0)
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, **{**given, "is_causal": True})
+    return out  # type: ignore[no-any-return]
 
 
 def _next_token(
@@ -188,16 +158,6 @@ def _next_token(
     shared = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     out = scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
     return out.reshape(N, 1, H, -1)
-
-
-def _rows(pieces: Sequence[Tensor], batch: Sequence[Row], width: int) -> Tensor:
-    """(rows, width, heads, size): the batch's rows, padded on the right, where nothing is seen by what comes before."""
-    parts = []
-    for row in batch:
-        of_row = [pieces[row.prompt]] + ([] if row.completion is None else [pieces[row.completion]])
-        missing = width - sum(map(len, of_row))
-        parts += of_row if not missing else [*of_row[:-1], pad(of_row[-1], (0, 0, 0, 0, 0, missing))]
-    return torch.cat(parts).unflatten(0, (len(batch), width))
 
 
 AttentionInterface.register(NAME, _attend)

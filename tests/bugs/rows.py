@@ -95,10 +95,20 @@ BUGS = [
         4,
         "a sliding window that attention by segments forgets",
         "sft_core/model/segments.py",
-        "None if plain and torch.equal(allowed, causal) else allowed",
-        "None",
+        "return None if plain and torch.equal(seen, causal) else seen[None, None]",
+        "return None",
         "Short texts are right. Completions longer than the window are learned under another model than the one that "
         "sampled them.",
+        (f"{SEGMENTS}test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart",),
+    ),
+    Mutation(
+        4,
+        "the queries behind a prompt count from 0",
+        "sft_core/model/segments.py",
+        "(batch.before_N[:, None] + at[:Q])",
+        "at[:Q].expand(len(batch.before_N), Q)",
+        "The first token of a completion sees the first of its prompt and nothing else. Only where prompts are longer "
+        "than completions, and with every shape as it should be.",
         (f"{SEGMENTS}test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart",),
     ),
     Mutation(
