@@ -60,7 +60,7 @@ def test_a_file_of_questions_says_how_many_answers_are_right(
 def test_ctrl_c_ends_the_wait_for_a_question(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(eval.ask, "sample", interrupted)
@@ -82,11 +82,11 @@ class Terminal:
                 sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
                 real, slow = eval.ask.sample, [True]
 
-                def first_slow(*args: Any) -> Any:
+                def first_slow(*args: Any, **given: Any) -> Any:
                     if slow and slow.pop():
                         print("thinking", flush=True)
                         time.sleep(30)
-                    return real(*args)
+                    return real(*args, **given)
 
                 eval.ask.sample = first_slow  # type: ignore[attr-defined]
                 eval.ask.main(argv)
