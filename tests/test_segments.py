@@ -121,7 +121,7 @@ def test_each_token_finds_its_own_attention() -> None:
     """Of a sequence whose attention is each query's own place, back comes the sequence."""
     rows = [*rows_of_group(range(9), [range(9, 11), range(11, 12)]), *rows_of_group(range(12, 14), [range(14, 20)])]
     cut = segments(rows, 20)
-    assert torch.cat([batch.query_NQ.flatten() for batch in cut.batches])[cut.place_S].tolist() == list(range(20))
+    assert cut.query_at[cut.place_S].tolist() == list(range(20))
 
 
 def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_row_that_sees_another_would_be_seen(monkeypatch: pytest.MonkeyPatch) 
     real: Any = sft_core.model.segments._at
 
     def another(tokens: Tensor, places: Tensor) -> Tensor:
-        return real(tokens, places.flip(0) if places.dim() == 2 else places)  # type: ignore[no-any-return]
+        return real(tokens, places.roll(3))  # type: ignore[no-any-return]
 
     monkeypatch.setattr(sft_core.model.segments, "_at", another)
     with pytest.raises(AssertionError):

@@ -128,18 +128,19 @@ def prompts_are_keys_alone(P: int, completions: Sequence[int]) -> bool:
 
 def segments(rows: Sequence[Row], S: int) -> Segments:
     """The rows of a sequence of S tokens in batches, and the way back to the sequence."""
-    found, place_S, start = [], torch.zeros(S, dtype=torch.long), 0
+    batches, query_at, key_at = [], [], []
+    place_S, start = torch.zeros(S, dtype=torch.long), 0
     for batch in batched([row for row in rows if not row.before]) + batched([row for row in rows if row.before]):
         queries = [row.places[row.before :] for row in batch]
         query_NQ, key_NK = pad(queries, 0, "right"), pad([row.places for row in batch], 0, "right")
+        query_at.append(query_NQ.flatten())
+        key_at.append(key_NK.flatten())
         before_N = torch.tensor([row.before for row in batch]) if batch[0].before else None
-        found.append(Batch(query_NQ, key_NK, before_N))
-        Q = query_NQ.shape[1]
-        for number, places in reversed(list(enumerate(queries))):  # of a prompt in several rows, the first
-            at = start + number * Q
-            place_S[list(places)] = torch.arange(at, at + len(places))
-        start += len(batch) * Q
-    return Segments(tuple(found), place_S)
+        batches.append(Batch(len(batch), query_NQ.shape[1], key_NK.shape[1], before_N))
+        for places in queries:
+            place_S[list(places)] = torch.arange(start, start + len(places))  # of a prompt in several rows, the last
+            start += query_NQ.shape[1]
+    return Segments(tuple(batches), torch.cat(query_at), torch.cat(key_at), place_S)
 
 
 def batched(rows: Sequence[Row]) -> list[list[Row]]:

@@ -37,32 +37,36 @@ NAME = "segments"
 
 
 class Batch(NamedTuple):
-    """Rows that share a call, by the places of their tokens in the sequence; the shorter ones are padded on the right
-    with any place, for nothing that counts looks there."""
+    """N rows that share a call, each of at most so many queries and keys."""
 
-    query_NQ: Tensor
-    key_NK: Tensor  # the row from its beginning
+    N: int
+    Q: int
+    K: int
     before_N: Tensor | None  # how many keys are before a row's first query; None: in no row any
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A sequence of S tokens, cut into rows. In what attention finds for them, batch by batch, `place_S` is where each
-    token's is."""
+    """A sequence of S tokens, cut into rows."""
 
     batches: tuple[Batch, ...]
-    place_S: Tensor
+    # Of all batches, one behind the other: the places in the sequence of each row's queries and keys. Rows are padded
+    # on the right, with any place, for nothing that counts looks there.
+    query_at: Tensor
+    key_at: Tensor
+    place_S: Tensor  # where each token is among the queries
 
     @property
     def longest(self) -> int:
-        return max(batch.key_NK.shape[1] for batch in self.batches)
+        return max(batch.K for batch in self.batches)
 
     def to(self, device: torch.device) -> Segments:
         batches = (
-            Batch(query_NQ.to(device), key_NK.to(device), None if before_N is None else before_N.to(device))
-            for query_NQ, key_NK, before_N in self.batches
+            batch._replace(before_N=None if batch.before_N is None else batch.before_N.to(device))
+            for batch in self.batches
         )
-        return Segments(tuple(batches), self.place_S.to(device))
+        at = (self.query_at.to(device), self.key_at.to(device), self.place_S.to(device))
+        return Segments(tuple(batches), *at)
 
 
 class RowsMask(NamedTuple):
@@ -94,12 +98,12 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
     at = torch.arange(cut.longest, device=named["device"])
 
     def allowed(batch: Batch) -> Tensor | None:
-        Q, K = batch.query_NQ.shape[1], batch.key_NK.shape[1]
-        if batch.before_N is None:
+        _, Q, K, before_N = batch
+        if before_N is None:
             causal = at[:Q, None] >= at[:K]
             seen = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:Q, None], at[None, :K])
             return None if plain and torch.equal(seen, causal) else seen[None, None]
-        seen = mask_function(0, 0, (batch.before_N[:, None] + at[:Q])[:, :, None], at[None, None, :K])
+        seen = mask_function(0, 0, (before_N[:, None] + at[:Q])[:, :, None], at[None, None, :K])
         return seen[:, None]  # type: ignore[no-any-return]
 
     return RowsMask(cut, tuple(map(allowed, cut.batches)))
@@ -122,17 +126,20 @@ def _attend(
             return _next_token(query, key, value, attention_mask, given.get("scaling"), given.get("dropout", 0.0)), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     cut, allowed = attention_mask
-    q_S, k_S, v_S = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    queries = [batch.N * batch.Q for batch in cut.batches]
+    keys = [batch.N * batch.K for batch in cut.batches]
+    gathered = ((query, cut.query_at, queries), (key, cut.key_at, keys), (value, cut.key_at, keys))
+    pieces = (_at(tensor[0].transpose(0, 1), places).split(sizes) for tensor, places, sizes in gathered)
     found = []
-    for (query_NQ, key_NK, _), mask in zip(cut.batches, allowed, strict=True):
-        q, k, v = (_at(*each).transpose(1, 2) for each in ((q_S, query_NQ), (k_S, key_NK), (v_S, key_NK)))
+    for batch, mask, *of_batch in zip(cut.batches, allowed, *pieces, strict=True):
+        q, k, v = (piece.unflatten(0, (batch.N, -1)).transpose(1, 2) for piece in of_batch)
         found.append(_rows_attend(module, q, k, v, mask, given).flatten(0, 1))
     return _at(torch.cat(found), cut.place_S)[None], None
 
 
 def _at(tokens: Tensor, places: Tensor) -> Tensor:
     """The tokens' (heads, size) at these places. As words of an embedding, whose derivative adds up the gradients of a
-    token that is read by several rows in their order, whatever the number of threads, and quickly."""
+    token that several rows read in the rows' order, whatever the number of threads, and quickly."""
     return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
 
 

@@ -105,8 +105,8 @@ BUGS = [
         4,
         "the queries behind a prompt count from 0",
         "sft_core/model/segments.py",
-        "(batch.before_N[:, None] + at[:Q])",
-        "at[:Q].expand(len(batch.before_N), Q)",
+        "(before_N[:, None] + at[:Q])",
+        "at[:Q].expand(len(before_N), Q)",
         "The first token of a completion sees the first of its prompt and nothing else. Only where prompts are longer "
         "than completions, and with every shape as it should be.",
         (f"{SEGMENTS}test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart",),
