@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import sft_core.learn.layout
 import sft_core.model.segments
 from benchmarks.layouts import kept, line_through, policy_of, row_of
-from sft_core.learn.layout import WASTE, Row, batched, rows_of_group, segments
+from sft_core.learn.layout import KEY_BLOCK, WASTE, Row, batched, rows_of_group, segments
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
@@ -69,12 +69,14 @@ def learned(policy: Policy, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+@pytest.mark.parametrize("block", [0, 512], ids=["short prompts in rows", "prompts as keys alone"])
 @pytest.mark.parametrize("waste", [1, 10**6], ids=["a call for each length", "one call for all"])
 @pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("kind", POLICIES)
 def test_one_sequence_gives_the_logprobs_and_gradient_of_rows_apart(
-    kind: str, case: str, waste: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, case: str, waste: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(KEY_BLOCK, "cpu", block)
     monkeypatch.setattr(sft_core.learn.layout, "WASTE", waste)
     assert POLICIES[kind]().layout == "sequence"
     found, gradient = learned(POLICIES[kind](), ROWS[case])
@@ -107,19 +109,26 @@ def test_rows_of_similar_size_share_a_call_and_others_do_not() -> None:
     assert max(wasted) < WASTE
 
 
-def test_a_prompt_is_keys_alone_where_it_is_longer_than_most_of_its_completions() -> None:
-    short = rows_of_group(range(100), [range(100, 103), range(103, 107)])
+def test_a_prompt_is_keys_alone_where_that_is_fewer_pairs() -> None:
+    short = rows_of_group(range(100), [range(100, 103), range(103, 107)], 512)
     assert [shape_of(row) for row in short] == [(100, 100), (3, 103), (4, 104)]
     assert short[2].places == (*range(100), *range(103, 107))
-    long = rows_of_group(range(50), [range(50, 190), range(190, 250)])
-    assert [shape_of(row) for row in long] == [(190, 190), (110, 110)]
-    assert [shape_of(row) for row in rows_of_group(range(9), [])] == [(9, 9)]
-    assert [shape_of(row) for row in rows_of_group(range(9), [range(9, 11)])] == [(11, 11)]
+    # 1,124 causal queries are 1124 * (1124 + 512) / 2 pairs; 1,024 that look at a prompt of 100, too, 1024 * 1124.
+    long = rows_of_group(range(100), [range(100, 1124), range(1124, 1224)], 512)
+    assert [shape_of(row) for row in long] == [(1124, 1124), (200, 200)]
+    assert [shape_of(row) for row in rows_of_group(range(9), [], 512)] == [(9, 9)]
+    # Where being causal pays from the first key on: 9 + 4 queries of half of 13 keys; or 9 of 4.5, and 4 of 13.
+    assert [shape_of(row) for row in rows_of_group(range(9), [range(9, 13)], 0)] == [(13, 13)]
+    assert [shape_of(row) for row in rows_of_group(range(9), [range(9, 13)], 512)] == [(9, 9), (4, 13)]
 
 
 def test_each_token_finds_its_own_attention() -> None:
     """Of a sequence whose attention is each query's own place, back comes the sequence."""
-    rows = [*rows_of_group(range(9), [range(9, 11), range(11, 12)]), *rows_of_group(range(12, 14), [range(14, 20)])]
+    rows = [
+        *rows_of_group(range(9), [range(9, 11), range(11, 12)], 512),
+        *rows_of_group(range(12, 14), [range(14, 20)], 0),
+    ]
+    assert {bool(row.before) for row in rows} == {False, True}
     cut = segments(rows, 20)
     assert cut.query_at[cut.place_S].tolist() == list(range(20))
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from sft_core.learn.layout import prompts_are_keys_alone
+from sft_core.learn.layout import KEY_BLOCK, prompts_are_keys_alone
 from sft_core.learn.offload import PIECE
 from sft_core.learn.rows import Tokens
 from sft_core.model.shapes import Shapes
@@ -65,7 +65,7 @@ class Batch:
         if not shared:
             return Batch(whole, whole, whole, whole * (P + T) / 2, predicted, apart=False)
         tokens, masked = groups * P + rows * T, rows * T * (P + T)
-        if prompts_are_keys_alone(P, [T] * (rows // groups)):
+        if prompts_are_keys_alone(P, [T] * (rows // groups), KEY_BLOCK["cpu"]):  # on a GPU little differs
             keys, pairs = groups * P + whole, groups * P**2 / 2 + masked
             return Batch(tokens, tokens, keys, pairs, predicted, True, masked)
         return Batch(tokens, whole, whole, whole * (P + T) / 2, predicted, apart=True)

@@ -41,6 +41,9 @@ class Packed:
 
 # A batch of rows for attention wastes fewer (query, key) pairs than this on padding: a call of its own takes as long.
 WASTE = 128**2
+# Keys in a block of torch's kernels for attention: 512 on a CPU (kvSplitSize in aten/src/ATen/native/cpu/
+# FlashAttentionKernel.cpp, torch 2.13), about 128 on a GPU. A row of no more keys gains nothing from being causal.
+KEY_BLOCK = {"cpu": 512, "cuda": 128}
 # A token's other layers cost about as much as its attention to so many keys: 24 D^2 flops and 4 D a key, D = 896.
 KEYS_A_TOKEN = 5400
 
@@ -60,7 +63,8 @@ def pack(rows: Rows, layout: Layout) -> Packed:
             groups.append((prompt, [completion]))
     if layout == "rows" or (layout == "groups" and _cost(groups) > _cost(apart)):
         groups = apart
-    packed = _one_sequence(groups) if layout == "sequence" else _a_row_each(groups)
+    block = KEY_BLOCK.get(rows.ids_NL.device.type, 128)
+    packed = _one_sequence(groups, block) if layout == "sequence" else _a_row_each(groups)
     parts = (packed.ids_RL, packed.position_RL, packed.attention, packed.predictor_M)
     ids_RL, position_RL, attention, predictor_M = (part.to(rows.ids_NL.device) for part in parts)
     cut = packed.segments.to(rows.ids_NL.device) if packed.segments else None
@@ -74,7 +78,7 @@ def _cost(groups: list[Group]) -> float:
     return len(groups) * L * (1 + (L if masked else L / 2) / KEYS_A_TOKEN)
 
 
-def _one_sequence(groups: list[Group]) -> Packed:
+def _one_sequence(groups: list[Group], block: int) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
@@ -89,7 +93,7 @@ def _one_sequence(groups: list[Group]) -> Packed:
             predictors += [prompt_at[-1], *told[-1][:-1]]
             ids += completion
             positions += range(P, P + len(completion))
-        rows += rows_of_group(prompt_at, told)
+        rows += rows_of_group(prompt_at, told, block)
     tensors = (torch.tensor([ids]), torch.tensor([positions]), torch.ones(1, len(ids), dtype=torch.long))
     return Packed(*tensors, torch.tensor(predictors, dtype=torch.long), segments(rows, len(ids)))
 
@@ -105,25 +109,29 @@ class Row(NamedTuple):
         return (len(self.places) - self.before) * len(self.places)
 
 
-def rows_of_group(prompt: range, completions: Sequence[range]) -> list[Row]:
+def rows_of_group(prompt: range, completions: Sequence[range], block: int) -> list[Row]:
     """A row for each completion behind its prompt; or one for the prompt and, for each completion, one in which the
     prompt's tokens are keys alone.
 
-    >>> [(len(row.places), row.before) for row in rows_of_group(range(9), [range(9, 12), range(12, 13)])]
+    >>> [(len(row.places), row.before) for row in rows_of_group(range(9), [range(9, 12), range(12, 13)], block=512)]
     [(9, 0), (12, 9), (10, 9)]
-    >>> [(len(row.places), row.before) for row in rows_of_group(range(3), [range(3, 12), range(12, 21)])]
-    [(12, 0), (12, 0)]
+    >>> [(len(row.places), row.before) for row in rows_of_group(range(2), [range(2, 900)], block=512)]
+    [(900, 0)]
     """
     P = len(prompt)
-    before = P if prompts_are_keys_alone(P, [len(completion) for completion in completions]) else 0
+    before = P if prompts_are_keys_alone(P, [len(completion) for completion in completions], block) else 0
     rows = [Row((*prompt, *completion), before) for completion in completions]
     return [Row((*prompt,), 0), *rows] if before or not rows else rows
 
 
-def prompts_are_keys_alone(P: int, completions: Sequence[int]) -> bool:
-    """Whether that is fewer pairs of query and key than rows in which a prompt's tokens are queries as well. Of those
-    half are left out, for none looks at what comes later."""
-    return P**2 / 2 + sum(T * (P + T) for T in completions) < sum((P + T) ** 2 for T in completions) / 2
+def prompts_are_keys_alone(P: int, completions: Sequence[int], block: int) -> bool:
+    """Whether that is fewer pairs of query and key to compute than rows in which a prompt's tokens are queries as well.
+    Of such rows, in which nobody looks at what comes later, the kernel leaves out whole blocks of so many keys."""
+
+    def causal(L: int) -> float:
+        return L * min(L, (L + block) / 2)
+
+    return causal(P) + sum(T * (P + T) for T in completions) < sum(causal(P + T) for T in completions)
 
 
 def segments(rows: Sequence[Row], S: int) -> Segments:

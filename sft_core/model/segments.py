@@ -5,8 +5,8 @@
 
 All layers but attention see this sequence as it is, each token once and no padding. Attention is computed for rows that
 are gathered from it, so that completions never look at one another: q q q a b e, q q q c e and p p d e, each token
-looking at all before it; or, where prompts are long and completions short, q q q by itself, and a b e and c e with
-q q q before them as keys alone (sft_core.learn.layout decides).
+looking at all before it; or q q q by itself, and a b e and c e with q q q before them as keys alone, where that is
+less work (sft_core.learn.layout decides).
 
 transformers has a public place for attention functions (`AttentionInterface`, `AttentionMaskInterface`). What is put
 there hands everything but such sequences on to its own function for `scaled_dot_product_attention`.
