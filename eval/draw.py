@@ -62,6 +62,8 @@ def token_at(weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
     >>> token_at(torch.tensor([[1.0, 0.0, 3.0]]).expand(2, 3), torch.tensor([[0.24], [0.26]])).tolist()
     [[0], [2]]
     """
+    if weight_NV.shape[1] <= BLOCK:
+        return _fall(weight_NV, uniform_N1)[0]
     block_N1, uniform_N1 = _fall(block_sums(weight_NV), uniform_N1)
     word_NB = block_N1 * BLOCK + torch.arange(BLOCK, device=weight_NV.device)
     last = weight_NV.shape[1] - 1

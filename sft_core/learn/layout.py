@@ -137,7 +137,7 @@ def prompts_are_keys_alone(P: int, completions: Sequence[int], block: int) -> bo
 def segments(rows: Sequence[Row], S: int) -> Segments:
     """The rows of a sequence of S tokens in batches, and the way back to the sequence."""
     batches, query_at, key_at = [], [], []
-    place_S, start = torch.zeros(S, dtype=torch.long), 0
+    place_S, start = [0] * S, 0
     for batch in batched([row for row in rows if not row.before]) + batched([row for row in rows if row.before]):
         queries = [row.places[row.before :] for row in batch]
         query_NQ, key_NK = pad(queries, 0, "right"), pad([row.places for row in batch], 0, "right")
@@ -146,9 +146,10 @@ def segments(rows: Sequence[Row], S: int) -> Segments:
         before_N = torch.tensor([row.before for row in batch]) if batch[0].before else None
         batches.append(Batch(len(batch), query_NQ.shape[1], key_NK.shape[1], before_N))
         for places in queries:
-            place_S[list(places)] = torch.arange(start, start + len(places))  # of a prompt in several rows, the last
+            for number, place in enumerate(places, start):  # of a prompt in several rows, the last
+                place_S[place] = number
             start += query_NQ.shape[1]
-    return Segments(tuple(batches), torch.cat(query_at), torch.cat(key_at), place_S)
+    return Segments(tuple(batches), torch.cat(query_at), torch.cat(key_at), torch.tensor(place_S))
 
 
 def batched(rows: Sequence[Row]) -> list[list[Row]]:

@@ -149,11 +149,9 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> Tensor:
     [[1, 2], [0, 3]]
     """
     width = max(map(len, sequences))
-    filled = torch.full((len(sequences), width), pad_id)
-    for row, ids in enumerate(sequences):
-        begin = width - len(ids) if side == "left" else 0
-        filled[row, begin : begin + len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return filled
+    missing = [[pad_id] * (width - len(ids)) for ids in sequences]
+    pairs = zip(missing, sequences, strict=True) if side == "left" else zip(sequences, missing, strict=True)
+    return torch.tensor([[*first, *second] for first, second in pairs], dtype=torch.long)
 
 
 def pack_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Rows:
