@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.runs import Run
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send to their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No clock decides a test: a busy machine takes a second for what another does in a millisecond.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # A machine's own would be taken for those of the programs (ENVIRONMENT in sft_core/cli.py).
 for name in ("MODEL_NAME", "OUTPUT_DIR", "RUN_NAME"):

@@ -164,7 +164,7 @@ def test_the_tolerance_is_absolute_and_includes_its_bound():
 
 
 @given(st.integers(), st.sampled_from(["{}", "{:,}", " {:,}.", "{:,}%"]))
-@settings(database=None, deadline=None)
+@settings(database=None)
 def test_every_integer_is_read_back_from_every_way_to_write_it(value, style):
     assert parse_number(style.format(value)) == value
     assert is_integer(f"{value:,}") and is_integer(f"{value}")
@@ -172,7 +172,7 @@ def test_every_integer_is_read_back_from_every_way_to_write_it(value, style):
 
 
 @given(st.text(st.sampled_from("0123456789,.$%+-  ²٣x"), max_size=30))
-@settings(database=None, deadline=None, max_examples=300)
+@settings(database=None, max_examples=300)
 def test_the_last_number_of_any_text_is_a_number(text):
     number = last_number(text)
     assert number is None or parse_number(number) is not None

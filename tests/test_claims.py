@@ -88,8 +88,8 @@ def test_the_seconds_of_the_embedded_job_are_those_of_its_records() -> None:
     steps = [json.loads(line) for line in (EMBEDDED / "seed-42" / "log.jsonl").read_text().splitlines()]
     sft = [json.loads(line) for line in (EMBEDDED / "sft-seed-42" / "log.jsonl").read_text().splitlines()]
     every_tenth = [line["time_per_step_s"] for line in sft if line["kind"] == "train"]
-    said = re.search(r"(\d+) s of SFT, (\d+) s of GRPO on 2 AMD EPYC cores", README)
-    assert said is not None and "AMD EPYC" in (EMBEDDED / "seed-42" / "provenance.json").read_text()
+    said = re.search(r"(\d+) s of SFT, (\d+) s of GRPO on 2 Intel Xeon cores", README)
+    assert said is not None and "Intel Xeon" in (EMBEDDED / "seed-42" / "provenance.json").read_text()
     assert round(sum(map(seconds, (42, 1, 2))) / 3) == int(said[2])
     assert 10 * sum(every_tenth) == pytest.approx(int(said[1]), rel=0.05)  # every tenth step is logged
     lengths = [line["length_mean"] for line in steps if line["kind"] == "train"]

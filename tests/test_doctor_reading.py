@@ -13,7 +13,7 @@ from statistics import fmean
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_core.doctor.__main__ import as_json, main, notes, report
@@ -26,7 +26,6 @@ from tests.test_doctor import SICK, names, sick
 # --- a change and its noise
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=LEAST_LINES, max_size=60), st.floats(0.1, 10), st.floats(-100, 100))
 def test_a_change_is_measured_the_same_in_other_units(values: list[float], scale: float, shift: float) -> None:
     values = [round(value, 3) for value in values]
@@ -36,7 +35,6 @@ def test_a_change_is_measured_the_same_in_other_units(values: list[float], scale
         assert second.fall == pytest.approx(first.fall, rel=1e-4, abs=1e-4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=LEAST_LINES, max_size=60))
 def test_a_change_backwards_is_the_opposite_change(values: list[int]) -> None:
     forward, backward = Change.of(values), Change.of(values[::-1])

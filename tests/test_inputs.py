@@ -136,7 +136,7 @@ LINES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(LINES, max_size=4), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.sampled_from([b"", b"\xef\xbb\xbf"]))
 def test_any_file_gives_problems_or_a_one_line_error(lines: list[bytes], end: bytes, mark: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -114,7 +114,7 @@ def test_tens_of_thousands_of_strings_raise_nothing_and_earn_what_is_documented(
     seen: set[str] = set()
 
     @given(st.binary(min_size=STRINGS * BYTES, max_size=STRINGS * BYTES))
-    @settings(database=None, deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
+    @settings(database=None, max_examples=examples, suppress_health_check=list(HealthCheck))
     def fuzz(data: bytes) -> None:
         texts = list(strings(data))
         seen.update(texts)
@@ -128,7 +128,7 @@ ANY = st.text(st.characters(exclude_categories=[]))  # lone surrogates as well
 
 
 @given(st.lists(ANY, min_size=1, max_size=4))
-@settings(database=None, deadline=None, max_examples=300)
+@settings(database=None, max_examples=300)
 @example(["nan", "inf", "-Infinity", "sNaN", "1e999999999", "1_000", "0x10", "²", "٣", "７", "½", "−7"])
 @example(["7" * 5_000, "9" * 400, "8" * 400, "." + "3" * 5_000, "1" + ",000" * 2_000, "-" * 5_000 + "1"])
 @example(["\0", "\ud800", "\udfff<answer>\ud800</answer>", "#### \0", "<answer>\0</answer>", "\x1c####\x85 4\u2028"])

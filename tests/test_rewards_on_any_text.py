@@ -39,7 +39,7 @@ VALUES = {
 
 
 @given(ANY_TEXT, ANY_TEXT)
-@settings(database=None, deadline=None, max_examples=500)
+@settings(database=None, max_examples=500)
 def test_any_text_earns_a_value_in_the_documented_range(completion, answer):
     for name, values in VALUES.items():
         assert pay(REWARDS[name], completion, answer) in values
@@ -48,7 +48,7 @@ def test_any_text_earns_a_value_in_the_documented_range(completion, answer):
 
 
 @given(TAGGED_TEXT, st.sampled_from(["", "<reasoning>", "<reasoning>\n"]))
-@settings(database=None, deadline=None, max_examples=1_000)
+@settings(database=None, max_examples=1_000)
 def test_the_format_rewards_agree_with_regular_expressions_that_have_dotall(body, start):
     for text in (start + body, start + body + "\n</reasoning>\n<answer>\n4\n</answer>\n"):
         soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", text, re.DOTALL)
@@ -62,7 +62,7 @@ NO_TAG = st.text().filter(lambda text: "<" not in text)  # hypothesis does try t
 
 
 @given(NO_TAG, NO_TAG)
-@settings(database=None, deadline=None)
+@settings(database=None)
 def test_the_strict_format_earns_every_format_reward(reasoning, answer):
     text = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
     assert [pay(function, text) for function in FORMAT_REWARDS] == [0.5, 0.5, 0.5]
