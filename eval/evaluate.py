@@ -24,6 +24,8 @@ from sft_core.text.config import TaskConfig
 from sft_core.text.example import Example
 from sft_core.text.prompts import FORMATS, prompt_ids
 
+PORTION = 2**12  # answers whose tokens are in memory at a time
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -199,6 +201,10 @@ def evaluate(
     ) as bar:
 
         def ask(rows: list[int], sampling: Sampling) -> None:
+            for first in range(0, len(rows), PORTION):
+                ask_portion(rows[first : first + PORTION], sampling)
+
+        def ask_portion(rows: list[int], sampling: Sampling) -> None:
             marked: dict[int, Reply] = {}  # by its place among the rows
 
             def ended(places: list[int], completions: list[list[int]]) -> None:

@@ -263,3 +263,10 @@ def test_a_progress_bar_in_a_file_is_a_few_whole_lines(
     evaluate(tiny_policy(), [Example(f"q{i}", "#### 7", "7") for i in range(40)], HASH, 20, 1, progress=True)
     drawn = capsys.readouterr().err
     assert drawn.count("\r") <= 3 and "accuracy=100.0%" in drawn and drawn.endswith("\n")
+
+
+def test_answers_are_the_same_in_however_many_portions_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, examples = tiny_policy(), problems(5)
+    whole = evaluate(policy, examples, HASH, 8, 4, samples=3).answers
+    monkeypatch.setattr(eval.evaluate, "PORTION", 4)
+    assert evaluate(policy, examples, HASH, 8, 4, samples=3).answers == whole
