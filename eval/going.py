@@ -1,8 +1,10 @@
-"""The rows that are being drawn. All of them end at one column, so that one pass draws the next token of each:
+"""The rows that are being drawn.
 
-q q q q a b      a row that has drawn two tokens
-. . q q a b
-. . . q q q      one that has just taken the place of a row that ended
+    q q q q a b      a row that has drawn two tokens
+    . . q q a b
+    . . . q q q      one that has just taken the place of a row that ended
+
+All of them end at one column, so that one pass draws the next token of each.
 """
 
 from __future__ import annotations

@@ -37,13 +37,7 @@ from sft_core.model.tiny import build_tokenizer
 PROMPTS, COMPLETIONS, TOKENS = (19, 11), ((9, 4, 6), (5, 9)), 12
 # Nats, and for the gradient its relative error: a hundred times the roundings of float32.
 BOUND = 1e-3
-SHORTCUTS = {
-    "split_head": "head",
-    "prefill": "prefill",
-    "rows_leave": "leaving",
-    "pads": "padding",
-    "cached": "cache",
-}
+SHORTCUTS = {"split_head": "head", "prefill": "prefill", "rows_leave": "leaving", "pads": "padding", "cached": "cache"}
 WITHOUT = {"sequence": [], "groups": ["segments"], "rows": ["segments", "packing"]}  # by layout
 RUN = ["--task", "arithmetic", "--prompt_format", "hash", "--system_prompt", "", "--max_prompt_tokens", "90"]
 RUN += ["--device", "cpu", "--precision", "float32", "--no_progress", "--no_tensorboard", "--eval_problems", "0"]
