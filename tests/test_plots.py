@@ -151,15 +151,24 @@ def test_the_summary_gives_the_recorded_runs_numbers() -> None:
     [run] = read_runs([EMBEDDED / "seed-42"])
     text = summary(run)
     assert text.startswith("seed-42 (GRPO, seed 42, cpu)\n  steps     80, 80 logged, 0 skipped\n")
-    assert "21.5% [18.1, 25.2] -> 73.6% [69.7, 77.3] of 512 problems (steps 0 and 80; 95% intervals)" in text
+    first, last = (
+        f"{found['accuracy']:.1%} [{100 * found['accuracy_low']:.1f}, {100 * found['accuracy_high']:.1f}]"
+        for found in (json.loads((EMBEDDED / "seed-42" / "summary.json").read_text())[at] for at in ("before", "after"))
+    )
+    assert f"{first} -> {last} of 512 problems (steps 0 and 80; 95% intervals)" in text
     rewards = [line["reward_mean"] for line in run.train]
-    assert f"first {rewards[0]:.3g}, last {rewards[-1]:.3g}, best {max(rewards):.3g} (step 43)" in text
+    best = f"best {max(rewards):.3g} (step {rewards.index(max(rewards)) + 1})"
+    assert f"first {rewards[0]:.3g}, last {rewards[-1]:.3g}, {best}" in text
     tokens = sum(line["tokens_generated"] for line in run.train)
     seconds = sum(line["generation_time_s"] for line in run.train)
     assert (
         f"{tokens:,} generated in the logged steps, {tokens / 80:,.0f} a step, {tokens / seconds:,.0f} a second" in text
     )
-    assert "time      0.483 s a step: generation 0.224, learner 0.255, " in text
+    step, generation, learner = (
+        sum(line[name] for line in run.train) / 80
+        for name in ("time_per_step_s", "generation_time_s", "backward_time_s")
+    )
+    assert f"time      {step:.3g} s a step: generation {generation:.3g}, learner {learner:.3g}, " in text
 
 
 def test_the_summary_of_seeds_gives_their_mean_and_both_ends() -> None:
