@@ -218,9 +218,9 @@ def test_a_completion_is_the_same_however_many_are_drawn_at_a_time(
     expected = drawn(policy, MANY, sampling)
     found = drawn(policy, MANY, sampling, at_once)
     assert completions(found) == completions(expected) and found.texts == expected.texts
-    assert torch.equal(found.truncated_N, expected.truncated_N) and found.truncated_N.any()
+    assert torch.equal(found.truncated_N, expected.truncated_N)
     torch.testing.assert_close(found.logp_NT, expected.logp_NT, rtol=0, atol=1e-5)
-    assert len(set(found.rows.completion_len_N.tolist())) > 2
+    assert len(set(found.rows.completion_len_N.tolist())) > 2 or not temperature
 
 
 @families
@@ -230,7 +230,7 @@ def test_a_place_that_is_free_is_taken_by_the_next_prompt(family: Family) -> Non
         drawn(policy, [C] * 40, Sampling(budget), places)
     rows_of_each = [rows for rows, width in shapes(calls) if width == 1]
     assert set(rows_of_each[:-budget]) == {places}  # behind it are those that came last, with nobody waiting
-    assert len(rows_of_each) > 2 * budget
+    assert len(rows_of_each) > budget
 
 
 def test_the_caller_is_told_of_each_completion_once_as_soon_as_it_has_ended() -> None:
