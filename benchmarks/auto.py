@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def limit_for(config: GRPOConfig, dice: random.Random) -> int:
 def under(limit: int, flags: list[str]) -> dict[str, Any]:
     """`stepped` in a process that gets no more than so many bytes; what it said where it failed."""
     arguments = [json.dumps([*flags, "--memory", f"{limit // 10**6}MB"]), str(limit)]
-    ended = subprocess.run([sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True)
+    # Nor does what each thread's allocator would reserve, 64 MB at a time.
+    alone = {**os.environ, "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run([sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True, env=alone)
     if ended.returncode:
         return {"failed": (ended.stderr.strip().splitlines() or ["killed"])[-1]}
     return dict(json.loads(ended.stdout.splitlines()[-1]))
