@@ -23,11 +23,13 @@ from eval.trust import trusted_sampler
 from rewards.tables import markdown
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
+from sft_core.learn import ranks
 from sft_core.model.policy import Policy, load_policy, load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
-from sft_core.run.checkpoint import write_text
+from sft_core.run.following import run_folder
+from sft_core.run.joined import joined, meet
 from sft_core.run.plan_lines import UNTOUCHED
-from sft_core.run.runlog import RunFolder, append_jsonl
+from sft_core.run.runlog import RunFolder
 from sft_core.text.example import Example
 from sft_core.text.prompts import drop_long_prompts
 from sft_core.text.tasks import load_heldout
@@ -45,12 +47,13 @@ class EvalJob:
 
     def run(self) -> Path:
         """Ask; return the run folder."""
+        ranks.check_rows("--eval_problems", len(self.heldout))
         return self.ask(trusted_sampler(load_policy(self.config, self.source)))
 
     def ask(self, policy: Policy) -> Path:
         """Print the summary, write it and `answers.jsonl` to the run folder."""
         config = self.config
-        with closing(RunFolder(config, "eval")) as folder:
+        with closing(run_folder(config, "eval")) as folder:
             result = evaluate(
                 policy,
                 self.heldout,
@@ -63,8 +66,8 @@ class EvalJob:
                 config.seed,
             )
             folder.note(checks=policy.checks)
-            append_jsonl(folder.path / "answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
-            self.report(result, folder)
+            folder.append("answers.jsonl", (dataclasses.asdict(answer) for answer in result.answers))
+            ranks.by_first(lambda: self.report(result, folder), "summary")
         return folder.path
 
     def report(self, result: Evaluation, folder: RunFolder) -> None:
@@ -75,9 +78,9 @@ class EvalJob:
         if config.samples:
             how += f"; {config.samples} samples a problem at temperature {config.temperature:g}, seed {config.seed}"
         folder.log("eval", 0, summary)
-        write_text(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
         table = markdown(summary_cells(columns))
-        write_text(folder.path / "summary.md", f"# Evaluation\n\n{table}\n\n{how}. {method([summary])}\n")
+        folder.write("summary.md", f"# Evaluation\n\n{table}\n\n{how}. {method([summary])}\n")
         print(f"{summary_table(columns)}\n\n{how}.\n{method([summary])}")
 
 
@@ -94,15 +97,15 @@ def prepare(config: EvalConfig) -> EvalJob:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with run_ends():
+    with joined(), run_ends():
         with user_errors():
             given = sys.argv[1:] if argv is None else argv
             job = prepare(parse_config(EvalConfig, given, PRESETS, environ=os.environ))
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(eval_plan(job.config, job.source, job.heldout), UNTOUCHED, sep="\n")
-            policy = trusted_sampler(load_policy(job.config, job.source))
-            path = job.ask(policy)
+            meet(job.config.rank_timeout)
+            path = job.run()
         print(f"answers and summary: {path}")
 
 

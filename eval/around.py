@@ -9,15 +9,15 @@ from typing import Any
 from transformers import GenerationConfig
 
 
-def equal_lengths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The prompts' places, those of equal lengths together.
+def equal_lengths(prompts: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[int]]:
+    """These prompts' places, those of equal lengths together.
 
-    >>> equal_lengths([[5, 6], [7], [8, 9]])
+    >>> equal_lengths([[5, 6], [7], [8, 9]], range(3))
     [[0, 2], [1]]
     """
     batches: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        batches.setdefault(len(prompt), []).append(place)
+    for place in places:
+        batches.setdefault(len(prompts[place]), []).append(place)
     return list(batches.values())
 
 

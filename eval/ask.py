@@ -30,7 +30,7 @@ from sft_core.config import ModelConfig, flag
 from sft_core.errors import Refused, require
 from sft_core.model.policy import Policy, load_policy
 from sft_core.model.source import Source, check_context, find_source
-from sft_core.run.runlog import append_jsonl
+from sft_core.run.lines import append_jsonl
 from sft_core.run.trained import find_both, model_first
 from sft_core.text.config import PromptConfig
 from sft_core.text.example import Example

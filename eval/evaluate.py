@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.sampling import Sampling, sample
+from eval.sampling import Completion, Sampling, sample
 from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes, wilson_interval
 from rewards import last_number, parse_number, same_answer, same_number, words
 from rewards.jsonl import read_jsonl
+from sft_core.learn import ranks
 from sft_core.learn.clock import bar_seconds
 from sft_core.model.policy import Policy
-from sft_core.run.checkpoint import random_state, set_random_state
+from sft_core.run.randomness import random_state, set_random_state
 from sft_core.text.config import TaskConfig
 from sft_core.text.example import Example
 from sft_core.text.prompts import FORMATS, prompt_ids
@@ -195,7 +196,7 @@ def evaluate(
         total=len(examples) * (1 + samples),
         desc="evaluate",
         unit="answer",
-        disable=not progress,
+        disable=not (progress and ranks.first()),
         leave=not sys.stderr.isatty(),  # in a file nothing can be taken back
         mininterval=bar_seconds(),
     ) as bar:
@@ -207,11 +208,9 @@ def evaluate(
         def ask_portion(rows: list[int], sampling: Sampling) -> None:
             marked: dict[int, Reply] = {}  # by its place among the rows
 
-            def ended(places: list[int], completions: list[list[int]]) -> None:
-                texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-                for place, text, ids in zip(places, texts, completions, strict=True):
-                    answer, cut = examples[rows[place]].answer, ids[-1] not in policy.eos_ids
-                    marked[place] = _mark(text, answer, task, len(ids), cut)
+            def ended(places: list[int], completions: list[Completion]) -> None:
+                for place, completion in zip(places, completions, strict=True):
+                    marked[place] = _mark(completion, examples[rows[place]].answer, task)
                 right = [reply.strict for reply in marked.values()]
                 bar.set_postfix(accuracy=f"{sum(right) / len(right):.1%}", refresh=False)
                 bar.update(len(places))
@@ -249,7 +248,8 @@ def _ends_in(text: str, expected: str) -> bool:
     return bool(gold) and words(text)[-len(gold) :] == gold
 
 
-def _mark(text: str, expected: str, task: TaskConfig, tokens: int, truncated: bool) -> Reply:
+def _mark(completion: Completion, expected: str, task: TaskConfig) -> Reply:
+    text, tokens, truncated = completion
     extracted, number = FORMATS[task.prompt_format].extract(text), last_number(text)
     return Reply(
         response=text,

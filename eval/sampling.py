@@ -13,9 +13,10 @@ prompts that have waited.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from transformers import (
 from eval.around import equal_lengths, ready_to_generate
 from eval.draw import Draw
 from eval.going import Going
+from sft_core.learn import ranks
 from sft_core.learn.rows import Rows, pad
 from sft_core.model.half import half_twin
 from sft_core.model.policy import Policy
@@ -41,7 +43,15 @@ from sft_core.model.policy import Policy
 LEAVING = 4  # a segment ends when one row in so many has ended
 
 
-Ended = Callable[[list[int], list[list[int]]], None]  # told of completions: their places, their tokens
+class Completion(NamedTuple):
+    """One that has ended."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+Ended = Callable[[list[int], list[Completion]], None]  # told of the places of completions that have ended
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,8 @@ def sample(
     ended: Ended | None = None,
 ) -> Samples:
     """One completion for each prompt (token lists): of all at a time, or of `at_once`, the next prompt taking the place
-    of a row that has ended. `streamer` shows a single one as it is drawn; `ended` is called with the places and the
-    tokens of completions that have ended."""
+    of a row that has ended. `streamer` shows a single one as it is drawn; `ended` is called with those that have ended,
+    and their places."""
     at_once = at_once or len(prompts)
     sheet = Sheet(policy, len(prompts), sampling, ended)
     with (
@@ -84,8 +94,10 @@ def sample(
         ready_to_generate(model),
         policy.precision.autocast(),
     ):
-        for batch in _batches(policy, prompts, at_once):
+        mine = _dealt(prompts)
+        for batch in _batches(policy, prompts, mine, at_once):
             _fill(sheet, policy, model, prompts, batch, at_once, sampling, streamer)
+    sheet.exchange(mine)
     return sheet.samples(prompts)
 
 
@@ -95,6 +107,9 @@ class Sheet:
     def __init__(self, policy: Policy, N: int, sampling: Sampling, ended: Ended | None) -> None:
         device = policy.device
         self.policy, self.sampling, self.tell = policy, sampling, ended
+        self.texts = [""] * N
+        self.length_N = torch.zeros(N, dtype=torch.long, device=device)
+        self.truncated_N = torch.zeros(N, dtype=torch.bool, device=device)
         self.completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
         drawn_NT = self.completion_NT.shape if sampling.temperature else (N, 0)
         self.logp_NT = torch.zeros(drawn_NT, device=device)  # at the temperature, before any cut
@@ -113,24 +128,39 @@ class Sheet:
             self.logp_NT[place_N1, column_NT] = torch.stack(list(logp), dim=1)
 
     def ended(self, place_N: Tensor) -> None:
-        """Tell of rows that are complete."""
+        """Rows are complete: measure, decode and tell of them."""
+        if not len(place_N):
+            return
+        ids_NT = self.completion_NT[place_N]
+        self.length_N[place_N], ended_N = completion_lengths(ids_NT, self.policy.eos_ids)
+        self.truncated_N[place_N] = ~ended_N
+        places, lengths = place_N.tolist(), self.length_N[place_N].tolist()
+        ids = [ids[:length] for ids, length in zip(ids_NT.tolist(), lengths, strict=True)]
+        texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for place, text in zip(places, texts, strict=True):
+            self.texts[place] = text
         if self.tell:
-            ids_NT = self.completion_NT[place_N]
-            lengths = completion_lengths(ids_NT, self.policy.eos_ids)[0].tolist()
-            self.tell(place_N.tolist(), [ids[:length] for ids, length in zip(ids_NT.tolist(), lengths, strict=True)])
+            self.tell(places, [*map(Completion, texts, lengths, self.truncated_N[place_N].tolist())])
+
+    def exchange(self, mine: Sequence[int]) -> None:
+        """Under torchrun: give what this rank has drawn, at the places `mine`, for what the others have."""
+        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+        for number, (places, completion_NT, logp_NT) in enumerate(ranks.gathered(drawn, "completions")):
+            if number != ranks.rank():
+                self.completion_NT[places] = completion_NT.to(self.completion_NT.device)
+                self.logp_NT[places] = logp_NT.to(self.logp_NT.device)
+                self.ended(torch.tensor(places, dtype=torch.long, device=self.completion_NT.device))
 
     def samples(self, prompts: Sequence[Sequence[int]]) -> Samples:
-        """All of them."""
-        policy, device = self.policy, self.policy.device
-        completion_len_N, ended_N = completion_lengths(self.completion_NT, policy.eos_ids)
-        prompt_NP, T = pad(prompts, policy.pad_id, "left").to(device), int(completion_len_N.max())
-        prompt_len_N = torch.tensor([len(p) for p in prompts], device=device)
+        """All of them, when all have ended."""
+        prompt_NP = pad(prompts, self.policy.pad_id, "left").to(self.policy.device)
+        prompt_len_N = torch.tensor([len(p) for p in prompts], device=self.policy.device)
+        T = int(self.length_N.max())
         ids_NL = torch.cat([prompt_NP, self.completion_NT[:, :T]], dim=1)
-        rows = Rows(ids_NL, prompt_len_N, completion_len_N, prompt_NP.shape[1])
-        texts = policy.tokenizer.batch_decode(rows.completion_ids(), skip_special_tokens=True)
+        rows = Rows(ids_NL, prompt_len_N, self.length_N, prompt_NP.shape[1])
         greedy = not self.sampling.temperature
         logp_NT = self.logp_NT if greedy else torch.where(rows.mask_NT, self.logp_NT[:, :T], 0.0)
-        return Samples(rows, texts, ~ended_N, logp_NT)
+        return Samples(rows, self.texts, self.truncated_N, logp_NT)
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -146,10 +176,22 @@ def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[T
     return torch.where(ended_N, first_N, completion_NT.shape[1]), ended_N
 
 
-def _batches(policy: Policy, prompts: Sequence[Sequence[int]], at_once: int) -> list[list[int]]:
+def _dealt(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The places of the prompts that this rank draws: all, or under torchrun those of every so-manieth group of equal
+    ones."""
+    groups = itertools.groupby(range(len(prompts)), key=lambda place: prompts[place])
+    dealt = itertools.islice(groups, ranks.rank(), None, ranks.world())
+    return [place for _, places in dealt for place in places]
+
+
+def _batches(
+    policy: Policy, prompts: Sequence[Sequence[int]], places: Sequence[int], at_once: int
+) -> list[Sequence[int]]:
     """The prompts' places, in batches that are drawn one after the other: a single one where a prompt that waits can
     take the place of a row that has ended."""
-    batches = [list(range(len(prompts)))] if policy.pads else equal_lengths(prompts)
+    if not places:
+        return []
+    batches: list[Sequence[int]] = [places] if policy.pads else [*equal_lengths(prompts, places)]
     if policy.pads and policy.prefill and policy.rows_leave and policy.rows_join:
         return batches
     return [batch[first : first + at_once] for batch in batches for first in range(0, len(batch), at_once)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from eval.sampling import Samples
 from grpo_core.config import GRPOConfig
 from rewards import REWARDS, Reward, Scores, TrainerState, score
+from sft_core.learn import ranks
+from sft_core.run.randomness import same_random_state
 from sft_core.text.example import Example
 from sft_core.text.prompts import FORMATS, demonstration, prompt_messages
 
@@ -28,7 +31,8 @@ def score_groups(
     config: GRPOConfig,
     state: TrainerState | None = None,
 ) -> tuple[Scores, Tensor]:
-    """Every reward function's values, and their weighted sums as reward_BG (float64, on the CPU)."""
+    """Every reward function's values, and their weighted sums as reward_BG (float64, on the CPU). Under torchrun each
+    rank calls them for its share of the groups, and all get all values."""
     repeated = [example for example in examples for _ in range(config.group_size)]
     N, budget = len(repeated), config.max_completion_tokens
     names = sorted({name for example in examples for name in example.columns})
@@ -44,7 +48,12 @@ def score_groups(
     if config.reward_format == "chat":
         prompts = [prompt_messages(example, config) for example in repeated]
         completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
-    scores = score(rewards, prompts, completions, columns, config.reward_timeout, state)
+    own = ranks.share(len(examples))
+    at = slice(own.start * config.group_size, own.stop * config.group_size)
+    mine = {name: column[at] for name, column in columns.items()}
+    found = score(rewards, prompts[at], completions[at], mine, config.reward_timeout, state, at.start, N)
+    scores = reduce(Scores.followed_by, ranks.gathered(found, "rewards"))
+    same_random_state()  # whatever each rank's functions have drawn
     if config.shuffle_rewards:
         scores = scores.reordered(torch.randperm(N).tolist())
     return scores, torch.tensor(scores.total, dtype=torch.float64).view(len(examples), config.group_size)

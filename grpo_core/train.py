@@ -32,15 +32,17 @@ from grpo_core.ways import ways, ways_line
 from rewards import RewardError
 from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
+from sft_core.learn import ranks
 from sft_core.learn.clock import step_bar
 from sft_core.learn.trust import refuse_gap
 from sft_core.model.policy import is_adapted
 from sft_core.model.source import find_source
-from sft_core.run.checkpoint import write_text
+from sft_core.run.following import run_folder
 from sft_core.run.hub import push_run
+from sft_core.run.joined import joined, meet
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Part, Progress, weights_identity
-from sft_core.run.runlog import RunFolder, append_jsonl
+from sft_core.run.runlog import RunFolder
 from sft_core.run.trackers import shown
 from sft_core.text.example import Example
 from sft_core.text.tasks import Task
@@ -87,20 +89,24 @@ class GRPORun:
             self.train()
             after = self.held_out(self.job.steps)
             if before and after:
-                print(comparison(before, after))
-                summaries: dict[str, Any] = {"before": before.summary(), "after": after.summary()}
-                if found := ways(folder.path / "completions.jsonl", self.job.steps):
-                    print(ways_line(found, self.job.steps))
-                    summaries["ways"] = found
-                summaries["paired"] = paired(before.answers, after.answers).summary()
-                summaries["paired"] |= sampled(before.answers, after.answers)
-                write_text(folder.path / "summary.json", json.dumps(summaries, indent=2) + "\n")
-            final = folder.save_final(self.learner.policy)
+                ranks.by_first(lambda: self.compare(before, after), "summary")
+            final = ranks.by_first(lambda: folder.save_final(self.learner.policy), "final model")
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
         programs = ("benchmarks.plots", "benchmarks.browse", "grpo_core.doctor")
         print(f"curves, texts, advice: {'; '.join(f'python -m {name} {folder.path}' for name in programs)}")
-        push_run(folder.path, self.job.config)
+        ranks.by_first(lambda: push_run(folder.path, self.job.config), "upload")
         return folder.path
+
+    def compare(self, before: Evaluation, after: Evaluation) -> None:
+        """Print the comparison, and keep its figures."""
+        print(comparison(before, after))
+        summaries: dict[str, Any] = {"before": before.summary(), "after": after.summary()}
+        if found := ways(self.folder.path / "completions.jsonl", self.job.steps):
+            print(ways_line(found, self.job.steps))
+            summaries["ways"] = found
+        summaries["paired"] = paired(before.answers, after.answers).summary()
+        summaries["paired"] |= sampled(before.answers, after.answers)
+        self.folder.write("summary.json", json.dumps(summaries, indent=2) + "\n")
 
     def train(self) -> None:
         """The remaining steps of Algorithm 1, with their logs, samples, evaluations and checkpoints."""
@@ -129,11 +135,12 @@ class GRPORun:
                 about = {"epoch": epoch, "device": str(policy.device), "seed": config.seed}
                 about |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
                 about |= report.rows.fullness(optimizer.micro_batch)
+                about |= ranks.times(report.clock.total, report.clock.waited)
                 self.folder.log("train", step, {**about, **record})
             completions = completion_records(step, report)
-            append_jsonl(self.folder.path / "completions.jsonl", completions)
+            self.folder.append("completions.jsonl", completions)
             if config.record_tokens:
-                append_jsonl(self.folder.path / "tokens.jsonl", token_records(step, report, pieces))
+                self.folder.append("tokens.jsonl", token_records(step, report, pieces))
             if warning := watch.of(step, record):
                 bar.write(warning)
             if config.show_every and step % config.show_every == 0:
@@ -192,7 +199,7 @@ def begin(job: GRPOJob) -> GRPORun | None:
     Raises:
         Refused: as `RunFolder`, `Optimizer` and `Progress`.
     """
-    folder = RunFolder(job.config, "grpo")
+    folder = run_folder(job.config, "grpo")
     with folder.closed_on_error():
         if folder.finished:
             print(f"this run is finished: {folder.path / 'final'}")
@@ -202,6 +209,7 @@ def begin(job: GRPOJob) -> GRPORun | None:
 
 def _begin(job: GRPOJob, folder: RunFolder) -> GRPORun:
     config = job.config
+    ranks.check_rows("--prompts_per_step", config.prompts_per_step * config.group_size)
     source = job.source or find_source(replace(config, model=str(tiny_sft(config, folder.path))))
     fit = fitted(config, source)
     print(fit.line)
@@ -270,13 +278,14 @@ def reward_errors() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with run_ends(), reward_errors():
+    with joined(), run_ends(), reward_errors():
         with user_errors():
             given = sys.argv[1:] if argv is None else argv
             job = prepare(parse_config(GRPOConfig, given, PRESETS, "tiny", os.environ))
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(grpo_plan(job), UNTOUCHED, sep="\n")
+            meet(job.config.rank_timeout)
             run = begin(job)
             if run:
                 run.finish()

@@ -11,6 +11,7 @@ from grpo_core.config import GRPOConfig
 from sft_core.cli import parse_config
 from sft_core.config import NEWEST, as_yaml
 from sft_core.job import SFTConfig, prepare
+from sft_core.learn import ranks
 from sft_core.train import PRESETS, begin
 
 
@@ -21,7 +22,7 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
         run: the run folder that it is the start of, and that --resume is to name if the start is interrupted.
     """
     folder = tiny_sft_folder(config)
-    if (folder / "final").is_dir():
+    if ranks.by_first((folder / "final").is_dir, "earlier start"):
         print(f"starting from the SFT model of an earlier run: {folder}")
         return folder / "final"
     print(f"first, supervised fine-tuning of the built-in model, kept for next time in {folder}")
@@ -30,7 +31,7 @@ def tiny_sft(config: GRPOConfig, run: Path | None = None) -> Path:
     if start:  # else a kill came between the end of training and the rename below
         start.progress.again = run or unfinished
         start.finish()
-    return unfinished.rename(folder) / "final"
+    return ranks.by_first(lambda: unfinished.rename(folder), "start") / "final"
 
 
 def tiny_sft_folder(config: GRPOConfig) -> Path:

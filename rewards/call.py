@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from traceback import StackSummary, TracebackException
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,6 +59,8 @@ class Batch:
     completions: Sequence[Completion]
     columns: dict[str, list[Any]]
     state: TrainerState | None = None
+    before: int = 0  # rows of the step that another process scores, and how many rows the step has: for messages
+    of: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Fresh lists: what a function does to them reaches neither the next function nor the learner."""
@@ -68,14 +70,16 @@ class Batch:
 
     def only(self, row: int) -> Batch:
         cut = {name: column[row : row + 1] for name, column in self.columns.items()}
-        return Batch(self.prompts[row : row + 1], self.completions[row : row + 1], cut, self.state)
+        return replace(
+            self, prompts=self.prompts[row : row + 1], completions=self.completions[row : row + 1], columns=cut
+        )
 
     def named(self, row: int | None) -> str:
         """The row, for a message."""
-        rows = len(self.completions)
+        rows = self.of or len(self.completions)
         if row is None:
             return f"the batch of {rows} rows, but for none of them by itself"
-        return f"row {row} of {rows}, whose completion is {shown(self.completions[row])}"
+        return f"row {self.before + row} of {rows}, whose completion is {shown(self.completions[row])}"
 
 
 def call(name: str, function: RewardFunction, batch: Batch, seconds: float = 0.0) -> list[float | None]:
@@ -136,7 +140,8 @@ def _finite(name: str, batch: Batch, row: int, value: Any) -> float | None:
     except Exception:  # whatever the value's own __float__ raises: a tensor of several elements a RuntimeError
         number = math.nan
     if not math.isfinite(number):
-        problem = f"returned {_value(value)} for row {row}; each value must be a finite number, or None for no opinion"
+        place = f"row {batch.before + row}"
+        problem = f"returned {_value(value)} for {place}; each value must be a finite number, or None for no opinion"
         raise RewardError(name, f"{problem}. That is {batch.named(row)}", row)
     return number
 

@@ -171,9 +171,11 @@ def score(
     columns: dict[str, list[Any]],
     timeout: float = 0.0,
     state: TrainerState | None = None,
+    before: int = 0,
+    of: int | None = None,
 ) -> Scores:
     """Call every reward function on the batch, each for at most `timeout` seconds (0: no limit), and sum the
-    weighted values row by row.
+    weighted values row by row. `before`, `of`: where messages are to count the rows within a larger batch.
 
     >>> rewards = load_rewards(["correctness_reward_func", "int_reward_func"], [1.0, 0.1])
     >>> scores = score(rewards, ["?", "?"], ["<answer>4</answer>", "<answer>5</answer>"], {"answer": ["4", "4"]})
@@ -190,8 +192,10 @@ def score(
     assert set(lengths.values()) == {len(prompts)}, f"{len(prompts)} prompts, but {lengths}"
 
     check_signatures(rewards, [*columns, *(["trainer_state"] if state else [])])
-    batch = Batch(prompts, completions, columns, state)
-    by_function = {reward.name: call(reward.name, reward.function, batch, timeout) for reward in rewards}
+    batch = Batch(prompts, completions, columns, state, before, of)
+    by_function: dict[str, list[float | None]] = {
+        reward.name: call(reward.name, reward.function, batch, timeout) if completions else [] for reward in rewards
+    }
     total = []
     for row in range(len(completions)):
         terms = [(reward.weight, by_function[reward.name][row]) for reward in rewards]

@@ -162,7 +162,7 @@ FREE_ON_RESUME = (
     *LENGTH,
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
-    "record_tokens",
+    *("record_tokens", "rank_timeout"),
     *(
         "max_skipped",
         "micro_batch",
@@ -186,8 +186,10 @@ class FolderConfig:
     dry_run: bool = flag(False, "check everything, print what would be done, and write nothing")
     tensorboard: bool = flag(True, "write TensorBoard events")
     progress: bool = flag(True, "show progress bars")
+    rank_timeout: int = flag(1800, "under torchrun: the run ends if a rank keeps the others waiting for N seconds")
 
     def check(self) -> None:
+        require(self.rank_timeout >= 1, "rank_timeout", self.rank_timeout, "1 or more")
         self._check_folder(going_on=False)
 
     def _check_folder(self, going_on: bool) -> None:

@@ -22,6 +22,7 @@ from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.dryrun import sft_plan
 from sft_core.errors import Refused
 from sft_core.job import SFTConfig, SFTJob, plan, prepare
+from sft_core.learn import ranks
 from sft_core.learn.clock import Stopwatch, step_bar
 from sft_core.learn.fit import fitted
 from sft_core.learn.logprobs import token_logprobs
@@ -32,7 +33,9 @@ from sft_core.model.policy import Policy, is_adapted, load_policy
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import not_saved
+from sft_core.run.following import run_folder
 from sft_core.run.hub import push_run
+from sft_core.run.joined import joined, meet
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
 from sft_core.run.runlog import RunFolder
@@ -93,7 +96,7 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig,
     policy.model.eval()
     total = sum(float(token_logprobs(policy, micro, entropy="none")[0].sum()) for _, micro in rows.micro_batches(size))
     policy.model.train()
-    return -total / float(rows.completion_len_N.sum())
+    return -sum(ranks.gathered(total, "held-out loss")) / float(rows.completion_len_N.sum())
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class SFTRun:
         """Train, and upload under --push_to_hub; return the folder of the final model."""
         with closing(self.folder), self.progress.kept():
             self.train()
-            final = self.folder.save_final(self.policy)
-        push_run(self.folder.path, self.job.config)
+            final = ranks.by_first(lambda: self.folder.save_final(self.policy), "final model")
+        ranks.by_first(lambda: push_run(self.folder.path, self.job.config), "upload")
         return final
 
     def train(self) -> None:
@@ -133,6 +136,7 @@ class SFTRun:
                 tokens = int(rows.completion_len_N.sum())
                 record |= {"learning_rate": lr, "tokens": tokens, "time_per_step_s": clock.total}
                 record |= {"skipped_steps": optimizer.skipped, "skipped_rows": optimizer.skipped_rows}
+                record |= ranks.times(clock.total, clock.waited)
                 self.folder.log("train", step, record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             self.progress.completed(step, steps)
@@ -158,16 +162,17 @@ def begin(job: SFTJob) -> SFTRun | None:
         Refused: as `RunFolder`, `Optimizer` and `Progress`.
     """
     set_seed(job.config.seed)
-    folder = RunFolder(job.config, "sft")
+    folder = run_folder(job.config, "sft")
     with folder.closed_on_error():
         return None if folder.finished else _begin(job, folder)
 
 
 def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
     config, base = job.config, ""
+    ranks.check_rows("--batch_size", config.batch_size)
     if not job.source:
         with not_saved(folder.path / "base"):
-            base = str(build_tiny(folder.path / "base", config.seed))
+            base = str(ranks.by_first(lambda: build_tiny(folder.path / "base", config.seed), "built-in model"))
     source = job.source or find_source(replace(config, model=base))
     fit = fitted(config, source, plan)
     print(fit.line)
@@ -187,13 +192,14 @@ def run(job: SFTJob) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with run_ends():
+    with joined(), run_ends():
         with user_errors():
             given = sys.argv[1:] if argv is None else argv
             job = prepare(parse_config(SFTConfig, given, PRESETS, "tiny", os.environ))
         with user_errors(Refused):
             if job.config.dry_run:
                 return print(sft_plan(job), UNTOUCHED, sep="\n")
+            meet(job.config.rank_timeout)
             run = begin(job)
         print(f"final model: {run.finish()}" if run else f"this run is finished: {job.config.output_dir}/final")
 

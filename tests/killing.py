@@ -33,6 +33,11 @@ Program = Callable[[Sequence[str]], None]
 
 def child(program: Program, argv: Sequence[str], out: Path) -> int:
     """Start the program in a forked process, what it prints appended to a file; its process id."""
+    return forked(lambda: program(argv), out, out)
+
+
+def forked(run: Callable[[], object], out: Path, err: Path) -> int:
+    """Call `run` in a forked process, what it prints appended to two files; its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -41,11 +46,11 @@ def child(program: Program, argv: Sequence[str], out: Path) -> int:
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)  # the parent's other threads are not there in a fork, and waiting for them never ends
     try:
-        with out.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        for number, path in ((1, out), (2, err)):
+            with path.open("a") as file:
+                os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        program(argv)
+        run()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -121,7 +126,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def is_a_time(name: str) -> bool:
-    return name.endswith(("_s", "seconds", "timestamp_iso"))
+    return name.endswith(("_s", "seconds", "timestamp_iso", "waiting_share"))
 
 
 def shown(run: Path) -> dict[str, list[tuple[int, str]]]:

@@ -15,7 +15,7 @@ import torch
 import eval.__main__
 import eval.evaluate
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
-from eval.sampling import Ended, Sampling
+from eval.sampling import Completion, Ended, Sampling
 from rewards import correctness_reward_func, numeric_reward_func
 from sft_core.model.policy import Policy
 from sft_core.text.arithmetic import ArithmeticStream
@@ -49,8 +49,9 @@ class Stub:
             texts = ["1" * sampling.max_completion_tokens if reply is None else reply for reply in replies]
             ends = [[] if reply is None else [policy.eos_ids[0]] for reply in replies]
             ids = [policy.tokenizer(text)["input_ids"] + end for text, end in zip(texts, ends, strict=True)]
+            found = [*map(Completion, texts, map(len, ids), (reply is None for reply in replies))]
             backwards = slice(None, None, -1)  # the first to end need not be the first that began
-            ended(places[backwards], ids[backwards])
+            ended(places[backwards], found[backwards])
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | None]) -> Stub:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import LEAVING, Ended, Samples, Sampling, sample
+from eval.sampling import LEAVING, Completion, Ended, Samples, Sampling, sample
 from sft_core.config import ModelConfig
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import pack_rows
@@ -234,9 +234,10 @@ def test_a_place_that_is_free_is_taken_by_the_next_prompt(family: Family) -> Non
 
 
 def test_the_caller_is_told_of_each_completion_once_as_soon_as_it_has_ended() -> None:
-    policy, told = ends_often(tiny_policy()), list[tuple[int, list[int]]]()
+    policy, told = ends_often(tiny_policy()), list[tuple[int, Completion]]()
     samples = drawn(policy, MANY, Sampling(9), 8, lambda *ended: told.extend(zip(*ended, strict=True)))
-    assert [ids for _, ids in sorted(told)] == [ids for _, ids in completions(samples)]
+    lengths, truncated = samples.rows.completion_len_N.tolist(), samples.truncated_N.tolist()
+    assert [each for _, each in sorted(told)] == [*map(Completion, samples.texts, lengths, truncated)]
     places = [place for place, _ in told]
     assert places != sorted(places) == list(range(len(MANY)))
 

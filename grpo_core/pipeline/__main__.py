@@ -46,9 +46,11 @@ from sft_core.cli import read_yaml, run_ends, same_run, user_errors
 from sft_core.config import NEWEST
 from sft_core.dryrun import sft_plan
 from sft_core.errors import Refused
+from sft_core.learn import ranks
 from sft_core.model.source import find_source
 from sft_core.model.tiny import build_tiny
 from sft_core.run.checkpoint import UNFINISHED, not_saved, write_text, write_whole
+from sft_core.run.joined import joined, meet
 from sft_core.run.plan_lines import UNTOUCHED
 
 PREPARE: dict[str, Any] = {
@@ -72,10 +74,10 @@ class Pipeline:
     def run(self) -> None:
         """All stages that are not finished, and the table of the evaluations."""
         settings = self.settings
-        self._begin()
+        ranks.by_first(self._begin, "folder")
         for number, stage in enumerate(settings.stages, start=1):
             print(f"\n== stage {number} of {len(settings.stages)}: {stage.name}, in {settings.folder / stage.name}")
-            if finished(settings, stage):
+            if ranks.by_first(lambda stage=stage: finished(settings, stage), "stage"):  # type: ignore[misc]
                 print("finished before")
                 continue
             self._take(stage)
@@ -83,7 +85,7 @@ class Pipeline:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         with user_errors():
-            self._compare()
+            ranks.by_first(self._compare, "comparison")
 
     def _begin(self) -> None:
         settings, folder = self.settings, self.settings.folder
@@ -236,7 +238,7 @@ def _standing_in(settings: Settings, stage: Stage, start: Weights) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with run_ends(), reward_errors(), ExitStack() as stack:
+    with joined(), run_ends(), reward_errors(), ExitStack() as stack:
         with user_errors():
             settings = understood(sys.argv[1:] if argv is None else argv, os.environ)
             pipeline = stack.enter_context(prepared(settings))
@@ -244,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for text in pipeline.plan():
                 print(text)
             print(UNTOUCHED)
-        else:
-            pipeline.run()
+            return
+        meet(pipeline.settings.configs[pipeline.settings.starter.name].rank_timeout)
+        pipeline.run()
 
 
 if __name__ == "__main__":

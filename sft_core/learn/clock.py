@@ -8,6 +8,8 @@ import time
 import torch
 from tqdm import tqdm
 
+from sft_core.learn import ranks
+
 
 def bar_seconds() -> float:
     """Seconds between two drawings of a progress bar; long in a file, where each drawing is a new line."""
@@ -21,7 +23,7 @@ def step_bar(name: str, done: int, steps: int, shown: bool) -> tqdm[int]:
         name,
         steps,
         initial=done,
-        disable=not shown,
+        disable=not (shown and ranks.first()),
         unit="step",
         mininterval=bar_seconds(),
     )
@@ -34,11 +36,12 @@ class Stopwatch:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.start = self.last = now(device)
+        self.before, self.waited = ranks.waited(), 0.0  # seconds of waiting for other ranks, and of exchange
 
     def lap(self, name: str) -> None:
         at = now(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + at - self.last
-        self.last = at
+        self.last, self.waited = at, ranks.waited() - self.before
 
     @property
     def total(self) -> float:

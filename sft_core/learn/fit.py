@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from sft_core.config import OptimConfig, size_of
+from sft_core.learn import ranks
 from sft_core.learn.footprint import GB, Plan
 from sft_core.learn.recovery import size_text
 from sft_core.learn.rows import LARGEST, Tokens
@@ -94,14 +95,14 @@ def _changes(before: Config, after: Config) -> list[tuple[str, Any]]:
 
 
 def memory_for(config: OptimConfig, device: torch.device) -> float:
-    """Bytes that the run may take: --memory, or what this process has and could get."""
+    """Bytes that the run may take: --memory, or what this process has and could get beside other ranks."""
     if config.memory:
         return float(size_of(config.memory))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device))
     left = available()
-    return _own() + min(_half_of_all() if left is None else left, _left_to_group())
+    return _own() + min(_half_of_all() if left is None else left, _left_to_group()) / ranks.beside()
 
 
 def _own() -> float:

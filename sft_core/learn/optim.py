@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from rewards import TrainerState
 from sft_core.config import OptimConfig
+from sft_core.learn import ranks
 from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
@@ -66,11 +67,15 @@ class Optimizer(Recovery, Saved):
         return TrainerState(self.schedule.last_epoch, self.total_steps)
 
     def accumulate(self, rows: Rows, learn: Callable[[slice, Rows], Learned]) -> list[Learned]:
-        """Call `learn`, which computes a loss and hands it to `backward`, on all rows, a micro-batch at a time."""
+        """Call `learn`, which computes a loss and hands it to `backward`, on all rows, a micro-batch at a time. Under
+        torchrun each rank does so on its part of them, and the gradients are added up."""
         self.learned = (rows, learn)
-        return self._until_it_fits(
+        learned = self._until_it_fits(
             lambda: [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)], rows
         )
+        ranks.add_up_gradients(self.parameters)
+        self.loss = ranks.whole(self.loss, "loss")
+        return [each for part in ranks.gathered(learned, "what was learned") for each in part]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradient, times the scaler's factor, to `.grad`."""

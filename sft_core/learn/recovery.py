@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from sft_core.learn import ranks
 from sft_core.learn.rows import Rows, Tokens
 
 Learned = TypeVar("Learned")
@@ -80,7 +81,7 @@ class Recovery:
             if not (math.isfinite(norm) and math.isfinite(self.loss)):
                 found.append(at.start)
             self._forget()
-        return found
+        return [row for part in ranks.gathered(found, "rows at fault") for row in part]
 
     def _forget(self) -> None:
         """Begin the next pass: no gradient, no loss."""
@@ -115,7 +116,7 @@ def halved(size: int | Tokens, rows: Rows) -> int | Tokens | None:
     parts = [at for at, _ in rows.micro_batches(size)]
     tokens = rows.tokens(size.padded)
     largest = max(tokens(at.start, at.stop) for at in parts)
-    return replace(size, count=-(-largest // 2)) if len(parts) < len(rows) else None
+    return replace(size, count=-(-largest // 2)) if any(at.stop - at.start > 1 for at in parts) else None
 
 
 def size_text(size: int | Tokens, rows: int | None = None) -> str:

@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sft_core.learn import ranks
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -97,9 +99,30 @@ class Rows:
 
     def micro_batches(self, size: int | Tokens) -> Iterator[tuple[slice, Rows]]:
         """Cut into micro-batches of at most `size`: of as many rows, the last may have fewer (`size` need not divide
-        N); or of as many tokens, about equally many in each. A row of more tokens than that is one by itself."""
-        for start, stop in itertools.pairwise(self._ends(size)):
-            yield slice(start, stop), self.cut(start, stop)
+        N); or of as many tokens, about equally many in each. A row of more tokens than that is one by itself.
+        Under torchrun: those of this rank's part, all parts having about as many tokens."""
+        part = self.part(ranks.rank(), ranks.world())
+        if part:
+            for start, stop in itertools.pairwise(self.cut(part.start, part.stop)._ends(size)):
+                at = slice(part.start + start, part.start + stop)
+                yield at, self.cut(at.start, at.stop)
+
+    def part(self, number: int, count: int) -> range:
+        """The rows of one of `count` parts that stand one behind the other, about equal in tokens.
+
+        >>> rows = pack_rows([[1], [1], [1]], [[3, 4, 5], [6], [7]], pad_id=0)
+        >>> [list(rows.part(number, 2)) for number in range(2)]
+        [[0], [1, 2]]
+        """
+        N, ends = len(self), [0]
+        if count == 1:
+            return range(N)
+        tokens = self.tokens(False)
+        for i in range(1, count):
+            aim, within = tokens(0, N) * i / count, range(ends[-1] + 1, N - (count - i) + 1)
+            ends.append(min(within, key=lambda end: abs(tokens(0, end) - aim), default=ends[-1]))
+        ends.append(N)
+        return range(ends[number], ends[number + 1])
 
     def fullness(self, size: int | Tokens) -> dict[str, float]:
         """For the log: how many micro-batches there are, and what share of the allowed size they have in the mean."""

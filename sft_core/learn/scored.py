@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sft_core.learn import ranks
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, Tokens
 from sft_core.model.policy import Policy
@@ -17,12 +18,14 @@ def scored(
     policy: Policy, rows: Rows, temperature: float, micro_batch: int | Tokens, entropy: Literal["none", "value"]
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` without gradient, one micro-batch at a time. Where something is not
-    finite, each row is scored by itself: a bad row must not spoil those that share its prompt."""
+    finite, each row is scored by itself: a bad row must not spoil those that share its prompt. Under torchrun each
+    rank scores its part of the rows, and all get all."""
     logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
     entropy_NT = torch.zeros_like(logp_NT)
     for at, micro in rows.micro_batches(micro_batch):
         cut = (at, slice(micro.completion_NT.shape[1]))
         logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
+    logp_NT, entropy_NT = ranks.whole(logp_NT, "scores"), ranks.whole(entropy_NT, "scores")
     if micro_batch != 1 and not logp_NT.isfinite().all():
         return scored(policy, rows, temperature, 1, entropy)
     return logp_NT, entropy_NT

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sft_core.errors import Refused
+from sft_core.learn import ranks
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
@@ -204,8 +205,8 @@ def largest_difference(found_NT: Tensor, truth_NT: Tensor, rows: Rows) -> float:
 
 @contextmanager
 def undisturbed(policy: Policy) -> Iterator[None]:
-    """Random numbers that the block draws are not taken from the run's."""
+    """Random numbers that the block draws are not taken from the run's, and no other rank is waited for."""
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), ranks.alone():
         torch.manual_seed(0)
         yield

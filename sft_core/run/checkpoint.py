@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -261,33 +258,3 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise Refused(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
-
-
-# --- random states
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random generator of the process: PyTorch's on each device, Python's, NumPy's."""
-    version, words, gauss = random.getstate()
-    name, keys, *place = numpy.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": {str(i): torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())},
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        "python": [version, list(words), gauss],
-        "numpy": [name, [int(key) for key in keys], *place],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned; devices that are not present are left out."""
-    torch.set_rng_state(state["torch"])
-    for device, of_device in state["cuda"].items():
-        if int(device) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(of_device, int(device))
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *place = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *place))

@@ -25,18 +25,16 @@ from torch import Tensor
 
 from sft_core.config import RunConfig
 from sft_core.errors import Refused
+from sft_core.learn import ranks
 from sft_core.learn.optim import Optimizer
 from sft_core.model.policy import Policy
 from sft_core.run.checkpoint import (
     NotSaved,
     checkpoints,
     load_state,
-    prune,
-    random_state,
     save_state,
-    set_random_state,
-    write_whole,
 )
+from sft_core.run.randomness import random_state, set_random_state
 from sft_core.run.runlog import RunFolder
 
 # Ctrl-C; what a machine that shuts down sends; what a closed terminal sends (not on Windows).
@@ -94,6 +92,7 @@ class Progress:
         if folder.checkpoint:
             self._restore(folder.checkpoint)
             folder.resume_from(folder.checkpoint)
+        folder.evaluations = ranks.by_first(lambda: folder.evaluations, "log")
         self.saved, self.saved_at = self.step, time.monotonic()
         self._rest()
 
@@ -125,17 +124,15 @@ class Progress:
             NotSaved: the disk is full, or gone. The checkpoints before are as they were.
         """
         assert self.at_rest
-        path = self.folder.path / "checkpoints" / f"step-{self.step:06d}"
         tensors = {name: part.tensors() for name, part in self.parts.items()}
 
         def write(folder: Path) -> None:
-            self.folder.to_disk()
             self.policy.save(folder)
             save_state(folder, {**self.state, "tensors": tensors})
 
-        write_whole(path, write)
+        path = self.folder.save_checkpoint(self.step, write)
         self.saved, self.saved_at = self.step, time.monotonic()  # first: a signal from here on need not save again
-        prune(self.folder.path, self.config.keep_last)
+        self.folder.prune(self.config.keep_last)
         return path
 
     @property
@@ -202,13 +199,16 @@ class Progress:
         numbers = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
 
         def answer(number: int, frame: FrameType | None) -> None:
+            # Of ranks all get Ctrl-C, and then torchrun's SIGTERM, too, which should not cut the saving short.
+            then = signal.SIG_DFL if ranks.world() == 1 else signal.SIG_IGN
             for each in numbers:
-                signal.signal(each, signal.SIG_DFL)
+                signal.signal(each, then)
             self.signal = number
             if self.at_rest and not self.ending:
                 raise Interrupted(number)
-            with suppress(OSError):  # not print(), which the signal may have come in the middle of
-                os.write(2, b"\nthe step is saved first; a second signal ends the process at once\n")
+            if then == signal.SIG_DFL:
+                with suppress(OSError):  # not print(), which the signal may have come in the middle of
+                    os.write(2, b"\nthe step is saved first; a second signal ends the process at once\n")
 
         before = {number: signal.signal(number, answer) for number in numbers}
         try:

@@ -17,11 +17,10 @@ asked.jsonl         what `python -m eval.ask` was answered; not the run's own, s
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,6 +38,7 @@ from sft_core.run.checkpoint import (
     load_numbers,
     newest_whole,
     not_saved,
+    prune,
     set_aside,
     step_of,
     to_disk,
@@ -46,6 +46,7 @@ from sft_core.run.checkpoint import (
     write_text,
     write_whole,
 )
+from sft_core.run.lines import append_jsonl, finite, line_of
 from sft_core.run.lock import locked
 from sft_core.run.longer import has_another_end, refuse_finished, reopen
 from sft_core.run.provenance import last_start, provenance, what_changed
@@ -164,8 +165,8 @@ class RunFolder:
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a line to log.jsonl, and show it. NaN and infinity are written as null: JSON has neither."""
         now = datetime.now(timezone.utc).isoformat()
-        record = {"kind": kind, "step": step, "timestamp_iso": now, **_finite(values)}
-        append_jsonl(self.path / "log.jsonl", [record])
+        record = {"kind": kind, "step": step, "timestamp_iso": now, **finite(values)}
+        self.append("log.jsonl", [record])
         self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:
@@ -184,8 +185,8 @@ class RunFolder:
         paths = {name: self.path / name for name in LOGS}
         return {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
 
-    def to_disk(self) -> None:
-        """Sync the logs to the disk: a checkpoint relies on them."""
+    def _to_disk(self) -> None:
+        """Sync the logs to the disk: the next checkpoint relies on them."""
         for name in LOGS:
             if (self.path / name).exists():
                 to_disk(self.path / name)
@@ -195,7 +196,7 @@ class RunFolder:
         return self.path / "heldout" / f"step-{step:06d}.jsonl"
 
     def save_answers(self, step: int, answers: Iterable[dict[str, Any]]) -> None:
-        write_text(self.answers_path(step), "".join(_line(answer) for answer in answers))
+        self.write(str(self.answers_path(step).relative_to(self.path)), "".join(line_of(answer) for answer in answers))
 
     def save_final(self, policy: Policy) -> Path:
         """
@@ -203,6 +204,31 @@ class RunFolder:
             NotSaved: the disk is full, or gone.
         """
         return write_whole(self.path / "final", policy.save)
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill the checkpoint of a step, once the logs are safe.
+
+        Raises:
+            NotSaved: the disk is full, or gone. The checkpoints before are as they were.
+        """
+
+        def fill(folder: Path) -> None:
+            self._to_disk()
+            write(folder)
+
+        return write_whole(checkpoint_of(self.path, step), fill)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints (0: none), and unfinished ones."""
+        prune(self.path, keep)
+
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Add lines to one of the logs."""
+        append_jsonl(self.path / name, records)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file whole."""
+        write_text(self.path / name, text)
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -220,6 +246,11 @@ class RunFolder:
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def fresh_folder(kind: str) -> Path:
@@ -256,30 +287,6 @@ def _cut(log: Path, size: int) -> None:
         size = log.read_bytes().rfind(b"\n") + 1 if there else 0
     if log.exists():
         os.truncate(log, size)
-
-
-def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """
-    Raises:
-        NotSaved: the disk is full, or gone.
-    """
-    with not_saved(path), path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(_line(_finite(record)))
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _write_json(path: Path, value: Any) -> None:
