@@ -21,7 +21,8 @@ import transformers
 from transformers import TextStreamer, set_seed
 
 from eval.questions import Question, piped, read_questions, typed, whole
-from eval.sampling import Sampling, sample
+from eval.samples import Sampling
+from eval.sampling import sample
 from eval.statistics import agreeing
 from eval.trust import trusted_sampler
 from rewards import last_number, parse_number, same_number

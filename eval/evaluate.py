@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.sampling import Completion, Sampling, sample
+from eval.samples import Completion, Sampling
+from eval.sampling import sample
 from eval.statistics import agreeing, maj_at_k, mean_interval, pass_at_k, sizes, wilson_interval
 from rewards import last_number, parse_number, same_answer, same_number, words
 from rewards.jsonl import read_jsonl

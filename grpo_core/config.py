@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from eval.sampling import Sampling
+from eval.samples import Sampling
 from grpo_core.recipes import settings_of
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require

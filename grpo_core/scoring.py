@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from rewards import REWARDS, Reward, Scores, TrainerState, score
 from sft_core.learn import ranks

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples, sample
+from eval.samples import Samples
+from eval.sampling import sample
 from grpo_core import variants
 from grpo_core.config import GRPOConfig
 from grpo_core.objective import (

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.objective import group_advantages
 from rewards import Scores

@@ -31,7 +31,7 @@ GROUPS = {
     "memory and speed": "micro_batch gradient_checkpointing | memory offload_optimizer use_4bit eval_batch_size "
     "share_prompts logit_chunk rows_leave half_copies keep_freed_memory",
     "run folder": "output output_dir append_to zip resume dry_run | push_to_hub private overwrite log_every eval_every "
-    "save_every keep_last tensorboard track progress record_tokens show_every",
+    "save_every keep_last tensorboard track progress record_tokens show_every rank_timeout",
 }
 FEW = 15  # a program with no more flags than these shows them all
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.step import sample_groups
 from sft_core.model.policy import Policy

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from benchmarks.exact.enumeration import attention_of as attention_of
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
 from grpo_core.reference import Reference

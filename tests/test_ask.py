@@ -15,7 +15,8 @@ from transformers import TextStreamer
 
 import eval.ask
 from eval.ask import AskConfig, Reply, as_problem, prepare, reply
-from eval.sampling import Samples, Sampling, sample
+from eval.samples import Samples, Sampling
+from eval.sampling import sample
 from sft_core.learn.rows import pack_rows
 from sft_core.model.policy import Policy, load_policy
 from sft_core.text.config import PromptConfig

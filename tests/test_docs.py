@@ -122,6 +122,7 @@ OTHER_FLAGS = {
     "list",
 }  # the command line's own, benchmarks.plan, tests.zoo
 OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
+OTHER_FLAGS |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun
 OTHER_FLAGS |= {"seeds", "logdir", "help"}  # benchmarks.plots, tensorboard, every program
 
 

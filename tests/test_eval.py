@@ -15,7 +15,7 @@ import torch
 import eval.__main__
 import eval.evaluate
 from eval.evaluate import Answered, Evaluation, Reply, evaluate, read_answers
-from eval.sampling import Completion, Ended, Sampling
+from eval.samples import Completion, Ended, Sampling
 from rewards import correctness_reward_func, numeric_reward_func
 from sft_core.model.policy import Policy
 from sft_core.text.arithmetic import ArithmeticStream

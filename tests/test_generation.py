@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import LEAVING, Completion, Ended, Samples, Sampling, sample
+from eval.samples import Completion, Ended, Samples, Sampling
+from eval.sampling import LEAVING, sample
 from sft_core.config import ModelConfig
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import pack_rows

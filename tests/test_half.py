@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from eval.sampling import Sampling, sample
+from eval.samples import Sampling
+from eval.sampling import sample
 from grpo_core.metrics import Tally
 from grpo_core.reference import Reference
 from grpo_core.step import grpo_step

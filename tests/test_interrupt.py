@@ -99,7 +99,8 @@ def test_before_the_first_step_there_is_nothing_to_save(number: int, model: Path
 def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(
     at: str, model: Path, whole: Path, tmp_path: Path
 ) -> None:
-    module = sft_core.run.checkpoint if at == "_write_manifest" else sft_core.run.progress
+    at_work = {"_write_manifest": sft_core.run.checkpoint, "save_state": sft_core.run.progress, "prune": RunFolder}
+    module = at_work[at]
     before = partial(on_call, module, at, 2, sends(signal.SIGINT))
     argv = command(model, tmp_path / "run", *MU_2, "--save_every", "1", "--keep_last", "1")
     assert_saved_and_goes_on(argv, signal.SIGINT, before, 2, whole)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import LOSSES, GRPOConfig
 from grpo_core.metrics import Tally, step_record
 from grpo_core.variants import kept_tokens

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import sft_core.train
-from eval.sampling import Samples, Sampling, sample
+from eval.samples import Samples, Sampling
+from eval.sampling import sample
 from grpo_core.step import Learner
 from sft_core.config import OptimConfig
 from sft_core.job import SFTConfig

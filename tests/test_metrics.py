@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import LOSSES
 from grpo_core.metrics import Tally, step_record
 from grpo_core.step import Terms, sample_groups

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core import one_page
 from grpo_core.step import grpo_step
 from rewards import Reward

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eval.trust import trusted
 from grpo_core.dynamic import replacing_equal_groups
 from grpo_core.metrics import step_record
 from grpo_core.step import Learner, grpo_step, sample_and_score
@@ -205,6 +206,23 @@ def test_a_row_that_is_not_finite_on_one_rank_is_skipped_and_named_by_all(tmp_pa
     in_ranks(2, check, tmp_path)
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:
+    """Though its gradient is: the loss of rank 1 is infinite by a constant."""
+
+    def check() -> None:
+        optimizer = optimizer_of()
+
+        def learn(at: slice, micro: Rows) -> None:
+            loss = torch.stack([p.sum() for p in optimizer.parameters]).sum()
+            optimizer.backward(loss + math.inf * ranks.rank() if ranks.rank() else loss)
+
+        optimizer.accumulate(ROWS, learn)
+        optimizer.clip_and_step()
+        assert optimizer.skipped == 1
+
+    in_ranks(2, check, tmp_path)
+
+
 def test_memory_that_runs_out_on_one_rank_changes_no_gradient_and_no_other_rank(tmp_path: Path) -> None:
     def check() -> None:
         optimizer = optimizer_of()
@@ -243,6 +261,17 @@ def test_whatever_rewards_draw_all_ranks_go_on_with_one_random_state(tmp_path: P
         grpo_step(parts, EXAMPLES)
         mine = (random.getstate(), torch.get_rng_state().tolist(), [p.tolist() for p in parts.optimizer.parameters])
         assert all(theirs == mine for theirs in ranks.gathered(mine, "test"))
+
+    in_ranks(2, check, tmp_path)
+
+
+def test_what_is_tried_at_loading_waits_for_no_other_rank(tmp_path: Path) -> None:
+    """Where a shortcut fails on one machine alone, that rank tries one way more."""
+
+    def check() -> None:
+        calls = ranks.here.calls
+        trusted(tiny_policy())
+        assert ranks.here.calls == calls
 
     in_ranks(2, check, tmp_path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.dynamic import equal_groups, replacing_equal_groups
 from grpo_core.dynamic import joined as joined_samples

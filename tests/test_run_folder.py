@@ -215,7 +215,14 @@ FREE |= {
 }
 FREE |= {"eval_samples": "3", "offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
 FREE |= {"device": "cpu", "precision": "bf16", "track": "wandb"}  # tests/test_resume.py: `auto` may find another one
-FREE |= {"max_steps": "7", "epochs": "2.0", "push_to_hub": "me/model", "private": "True", "record_tokens": "False"}
+FREE |= {
+    "max_steps": "7",
+    "epochs": "2.0",
+    "push_to_hub": "me/model",
+    "private": "True",
+    "record_tokens": "False",
+    "rank_timeout": "60",
+}
 
 
 @pytest.mark.parametrize("name", CHANGED)

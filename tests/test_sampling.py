@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval.sampling import Samples, Sampling, completion_lengths, sample
+from eval.samples import Samples, Sampling, completion_lengths
+from eval.sampling import sample
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.model.policy import Policy
 from tests.helpers import FAMILIES, Family, checkpoint_activations, ends_often, forward_calls, tiny_policy

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.metrics import Tally
 from grpo_core.step import sample_groups
 from sft_core.learn.logprobs import token_logprobs

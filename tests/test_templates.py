@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from eval.sampling import Sampling, sample
+from eval.samples import Sampling
+from eval.sampling import sample
 from sft_core.errors import Refused
 from sft_core.model.policy import end_of_sequence_ids
 from sft_core.model.source import Source

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache, TopKLogitsWarper
 
 import eval.sampling
-from eval.sampling import Sampling, sample
+from eval.samples import Sampling
+from eval.sampling import sample
 from eval.trust import trusted, trusted_sampler
 from sft_core.errors import Refused
 from sft_core.learn.logprobs import token_logprobs

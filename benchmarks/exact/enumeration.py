@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.objective import group_advantages, importance_ratio, token_advantages, token_weights
 from grpo_core.step import kl_penalty, policy_loss

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import grpo_core.train
 from benchmarks.families.build import small_config, small_model
-from eval.sampling import Sampling, sample
+from eval.samples import Sampling
+from eval.sampling import sample
 from eval.trust import trusted
 from sft_core.config import ModelConfig
 from sft_core.errors import Refused

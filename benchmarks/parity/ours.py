@@ -23,7 +23,7 @@ from benchmarks.parity.cases import (
     model_folder,
     rewards,
 )
-from eval.sampling import Samples
+from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
 from grpo_core.reference import Reference

@@ -111,6 +111,7 @@ class Pipeline:
         config = configured(self.settings, stage)
         source = None if config.model == "tiny" else find_source(config)
         job = replace(self.jobs[stage.name], config=config, source=source)
+        ranks.gathered(None, "the stage's checks")  # which what another rank begins to write would fail
         with user_errors(Refused):
             if stage.kind == "eval":
                 job.run()

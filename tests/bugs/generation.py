@@ -116,7 +116,7 @@ BUGS = [
     Mutation(
         33,
         "random numbers go by place and not by row",
-        "eval/sampling.py",
+        "eval/samples.py",
         "self.uniform_NT[place_N1, column_NT] if",
         "self.uniform_NT[torch.arange(len(place_N1))[:, None], column_NT] if",
         "Every draw is right, but which completion comes of a seed depends on who has left before: --rows_leave False, "

@@ -21,7 +21,7 @@ class Mutation:
 
 # Every way in which a from-scratch GRPO goes wrong that has a number here. 1 to 26 were seen in public implementations
 # or reproduced; 27 to 32 are slips that the options of `grpo_core` invite, 33 and 34 what saving time and memory does,
-# 35 what measuring does.
+# 35 what measuring does, 36 what several processes do.
 PITFALLS = {
     1: "A format regex without DOTALL",
     2: "Answers that are read wrongly",
@@ -58,4 +58,5 @@ PITFALLS = {
     33: "Sampling in less time: prompts read once, rows that leave",
     34: "Less memory: halved copies, moments elsewhere, fewer rows at a time",
     35: "Measuring: samples of another problem, a biased estimate, a look that changes the run",
+    36: "Several ranks: what one of them counts, draws, sums or decides alone",
 }

@@ -40,7 +40,7 @@ BUGS = [
     Mutation(
         22,
         "a reward function's random numbers begin anew",
-        "sft_core/run/checkpoint.py",
+        "sft_core/run/randomness.py",
         """    random.setstate((version, tuple(words), gauss))
 """,
         "",

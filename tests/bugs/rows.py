@@ -27,7 +27,7 @@ BUGS = [
     Mutation(
         3,
         "a completion ends before its stop token",
-        "eval/sampling.py",
+        "eval/samples.py",
         "first_N = is_eos_NT.int().argmax(dim=1) + 1  #",
         "first_N = is_eos_NT.int().argmax(dim=1)  #",
         "The decision to stop gets no gradient: lengths drift, and an immediate end is an empty completion.",
@@ -36,7 +36,7 @@ BUGS = [
     Mutation(
         3,
         "a completion ends with its last stop token",
-        "eval/sampling.py",
+        "eval/samples.py",
         "first_N = is_eos_NT.int().argmax(dim=1) + 1  #",
         "first_N = completion_NT.shape[1] - is_eos_NT.flip(1).int().argmax(dim=1)  #",
         "`generate` fills finished rows with the padding id. Where that is the stop token, the filler is trained: the "
@@ -46,7 +46,7 @@ BUGS = [
     Mutation(
         3,
         "only one of several stop tokens ends a completion",
-        "eval/sampling.py",
+        "eval/samples.py",
         "torch.tensor(list(eos_ids), device=completion_NT.device)",
         "torch.tensor([eos_ids[0]], device=completion_NT.device)",
         "Qwen2.5-Instruct has two. A completion that ended with the other one counts as cut off by the budget, and the "

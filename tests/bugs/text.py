@@ -113,13 +113,13 @@ BUGS = [
     Mutation(
         17,
         "completions tokenized again from their text",
-        "eval/sampling.py",
-        """        return Samples(rows, texts, ~ended_N, logp_NT)""",
-        """        ids = [policy.tokenizer(text).input_ids + [policy.eos_ids[0]] for text in texts]
-        completion_NT = pad(ids, policy.pad_id, "right")
+        "eval/samples.py",
+        """        return Samples(rows, self.texts, self.truncated_N, logp_NT)""",
+        """        ids = [self.policy.tokenizer(text).input_ids + [self.policy.eos_ids[0]] for text in self.texts]
+        completion_NT = pad(ids, self.policy.pad_id, "right")
         lengths = torch.tensor([len(each) for each in ids])
         rows = Rows(torch.cat([prompt_NP, completion_NT], dim=1), prompt_len_N, lengths, prompt_NP.shape[1])
-        return Samples(rows, texts, ~ended_N, torch.zeros(rows.mask_NT.shape))""",
+        return Samples(rows, self.texts, self.truncated_N, torch.zeros(rows.mask_NT.shape))""",
         "Decoding and encoding does not give the same ids back, so the learner trains tokens that the policy never "
         "drew, and a cut-off completion gets an end that it did not have. Loops that pass strings around do this.",
         ("tests/test_sampling.py::test_the_rows_hold_the_very_ids_that_were_drawn",),

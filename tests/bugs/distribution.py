@@ -1,0 +1,151 @@
+"""Bugs in how ranks share a step: pitfall 36."""
+
+from __future__ import annotations
+
+from tests.bugs.mutation import Mutation
+
+EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does"
+RUNS, RANKS = "tests/test_ranks_runs.py::", "tests/test_ranks.py::"
+
+BUGS = [
+    Mutation(
+        36,
+        "gradients averaged instead of summed",
+        "sft_core/learn/ranks.py",
+        "gradient.copy_(total.view_as(gradient))",
+        "gradient.copy_(total.view_as(gradient) / world())",
+        "The weights of tokens have counted all ranks' rows already: N ranks learn at an N-th of the gradient, which "
+        "clipping and AdamW hide.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "local token counts",
+        "grpo_core/step.py",
+        "    weight_NT = token_weights(mask_NT, aggregation, config.max_completion_tokens)\n",
+        """    own = rows.part(ranks.rank(), ranks.world())
+    mine_NT = torch.zeros_like(mask_NT)
+    mine_NT[own.start : own.stop] = mask_NT[own.start : own.stop]
+    weight_NT = token_weights(mine_NT, aggregation, config.max_completion_tokens)
+""",
+        "Each rank divides by its own tokens: those of a rank with short completions count for more.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "a mean of rank means",
+        "sft_core/train.py",
+        """    return -sum(ranks.gathered(total, "held-out loss")) / float(rows.completion_len_N.sum())
+""",
+        """    own = rows.part(ranks.rank(), ranks.world())
+    mean = total / float(rows.completion_len_N[own.start : own.stop].sum())
+    return -sum(ranks.gathered(mean, "held-out loss")) / ranks.world()
+""",
+        "Ranks hold unlike numbers of tokens, so the mean of their means is not the mean.",
+        (f"{RUNS}test_supervised_fine_tuning_and_evaluation_too",),
+    ),
+    Mutation(
+        36,
+        "one seed on all ranks",
+        "eval/samples.py",
+        "return self.uniform_NT[place_N1, column_NT] if",
+        "return self.uniform_NT[place_N1 - place_N1.min(), column_NT] if",
+        "All ranks draw by the same numbers, so that their completions of a prompt would be copies, and the batch is "
+        "an N-th of what it seems.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "the spread of each rank's own groups",
+        "grpo_core/step.py",
+        "        return group_advantages(rollout.reward_BG, config.scale_rewards)\n",
+        """        own = ranks.share(len(rollout.reward_BG))
+        mine = group_advantages(rollout.reward_BG[own.start : own.stop], config.scale_rewards)
+        return torch.cat(ranks.gathered(mine, "advantages"))
+""",
+        "--scale_rewards batch asks for the batch's spread; with the number of ranks the objective changes.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "a rank without completions leaves the exchange out",
+        "eval/samples.py",
+        """        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+""",
+        """        if not mine:
+            return
+        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+""",
+        "Where there are fewer prompts than ranks, the others wait for ever, or take its next message for this one.",
+        (f"{RUNS}test_a_run_of_ranks_leaves_what_one_process_leaves",),
+        hangs_after=20.0,
+    ),
+    Mutation(
+        36,
+        "metrics of rank 0's rows",
+        "sft_core/learn/optim.py",
+        """        return [each for part in ranks.gathered(learned, "what was learned") for each in part]
+""",
+        "        return learned\n",
+        "Loss, KL and clipping in the log are those of an N-th of the step, and nothing shows it.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "log-probabilities of rank 0's rows",
+        "grpo_core/step.py",
+        'ranks.whole(old_logp_NT, "old log-probabilities")',
+        "old_logp_NT",
+        "The rows of other ranks are zeros there, which looks like a sampler that has gone mad.",
+        (EQUAL,),
+    ),
+    Mutation(
+        36,
+        "each rank looks at its own loss",
+        "sft_core/learn/optim.py",
+        """        self.loss = ranks.whole(self.loss, "loss")
+""",
+        "",
+        "A loss that is not finite is so on one rank: it leaves a step out that the others take, and from then on "
+        "the ranks train different models.",
+        (f"{RANKS}test_a_loss_that_is_not_finite_on_one_rank_stops_all",),
+    ),
+    Mutation(
+        36,
+        "rows at fault are looked for on each rank",
+        "sft_core/learn/recovery.py",
+        """        return [row for part in ranks.gathered(found, "rows at fault") for row in part]
+""",
+        "        return found\n",
+        "The row that cannot be learned is another rank's, and the log, which rank 0 writes, does not name it.",
+        (f"{RANKS}test_a_row_that_is_not_finite_on_one_rank_is_skipped_and_named_by_all",),
+    ),
+    Mutation(
+        36,
+        "rewards that draw random numbers",
+        "grpo_core/scoring.py",
+        "    same_random_state()  # whatever each rank's functions have drawn\n",
+        "",
+        "From then on each rank draws its completions by other numbers than the ones that a checkpoint holds.",
+        (f"{RANKS}test_whatever_rewards_draw_all_ranks_go_on_with_one_random_state",),
+    ),
+    Mutation(
+        36,
+        "every rank writes",
+        "sft_core/run/following.py",
+        "RunFolder(config, kind) if ranks.first() else None",
+        "RunFolder(config, kind)",
+        "Two processes in one folder: lines of the log twice, checkpoints that are cut while they are written.",
+        (f"{RUNS}test_a_run_of_ranks_leaves_what_one_process_leaves",),
+    ),
+    Mutation(
+        36,
+        "what is tried at loading waits for the others",
+        "sft_core/learn/trust.py",
+        "with torch.random.fork_rng(devices), ranks.alone():",
+        "with torch.random.fork_rng(devices):",
+        "A rank on whose machine a shortcut fails tries one way more than the others, which wait for ever; and each "
+        "draws a part only of the few probes.",
+        (f"{RANKS}test_what_is_tried_at_loading_waits_for_no_other_rank",),
+    ),
+]
