@@ -240,6 +240,23 @@ def test_memory_that_runs_out_on_one_rank_changes_no_gradient_and_no_other_rank(
     in_ranks(2, check, tmp_path)
 
 
+def test_a_weight_that_no_rank_has_used_is_left_alone_and_one_that_a_rank_has_used_is_not(tmp_path: Path) -> None:
+    """A gradient of zeros would have AdamW decay the weight."""
+
+    def check() -> None:
+        optimizer = optimizer_of()
+        first, second, *others = optimizer.parameters
+
+        def learn(at: slice, micro: Rows) -> None:
+            optimizer.backward((first.sum() if ranks.rank() else first.sum() + second.sum()) * len(micro))
+
+        optimizer.accumulate(ROWS, learn)
+        assert (first.grad == 6).all() and (second.grad == 3).all()
+        assert all(parameter.grad is None for parameter in others)
+
+    in_ranks(2, check, tmp_path)
+
+
 def test_a_gradient_that_overflows_on_one_rank_halves_the_loss_scale_of_all(tmp_path: Path) -> None:
     def check() -> None:
         optimizer = optimizer_of("fp16")

@@ -117,19 +117,21 @@ def share(count: int) -> range:
 
 
 def add_up_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Each gradient becomes the sum of all ranks'; a rank without one adds nothing."""
+    """Each gradient becomes the sum of all ranks'. A parameter that has one on some ranks only adds nothing on the
+    others; one that has none anywhere still has none."""
     if world() == 1:
         return
-    for parameter in parameters:
+    counts = whole(torch.tensor([int(parameter.grad is not None) for parameter in parameters]), "gradients")
+    used = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
+    for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-    with _exchange("gradients"):
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
+    for bucket in _buckets([cast(Tensor, parameter.grad) for parameter in used]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        with _exchange("gradients"):
             dist.all_reduce(flat)
-            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(total.view_as(gradient))
+        for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -140,7 +142,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield bucket
             bucket = []
         bucket.append(tensor)
-    yield bucket
+    if bucket:
+        yield bucket
 
 
 def waited() -> float:

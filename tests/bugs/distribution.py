@@ -20,6 +20,15 @@ BUGS = [
     ),
     Mutation(
         36,
+        "zeros for a weight that nobody used",
+        "sft_core/learn/ranks.py",
+        "used = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]",
+        "used = list(parameters)",
+        "Without a gradient AdamW leaves a weight alone; with one of zeros it decays it.",
+        (f"{RANKS}test_a_weight_that_no_rank_has_used_is_left_alone_and_one_that_a_rank_has_used_is_not",),
+    ),
+    Mutation(
+        36,
         "local token counts",
         "grpo_core/step.py",
         "    weight_NT = token_weights(mask_NT, aggregation, config.max_completion_tokens)\n",
