@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.bugs.mutation import Mutation
 
 EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does"
-RUNS, RANKS = "tests/test_ranks_runs.py::", "tests/test_ranks.py::"
+RUNS, APART = "tests/test_ranks_runs.py::", "tests/test_ranks_apart.py::"
 
 BUGS = [
     Mutation(
@@ -25,7 +25,7 @@ BUGS = [
         "used = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]",
         "used = list(parameters)",
         "Without a gradient AdamW leaves a weight alone; with one of zeros it decays it.",
-        (f"{RANKS}test_a_weight_that_no_rank_has_used_is_left_alone_and_one_that_a_rank_has_used_is_not",),
+        (f"{APART}test_a_weight_that_no_rank_has_used_is_left_alone_and_one_that_a_rank_has_used_is_not",),
     ),
     Mutation(
         36,
@@ -117,7 +117,7 @@ BUGS = [
         "",
         "A loss that is not finite is so on one rank: it leaves a step out that the others take, and from then on "
         "the ranks train different models.",
-        (f"{RANKS}test_a_loss_that_is_not_finite_on_one_rank_stops_all",),
+        (f"{APART}test_a_loss_that_is_not_finite_on_one_rank_stops_all",),
     ),
     Mutation(
         36,
@@ -127,7 +127,7 @@ BUGS = [
 """,
         "        return found\n",
         "The row that cannot be learned is another rank's, and the log, which rank 0 writes, does not name it.",
-        (f"{RANKS}test_a_row_that_is_not_finite_on_one_rank_is_skipped_and_named_by_all",),
+        (f"{APART}test_a_row_that_is_not_finite_on_one_rank_is_skipped_and_named_by_all",),
     ),
     Mutation(
         36,
@@ -136,7 +136,7 @@ BUGS = [
         "    same_random_state()  # whatever each rank's functions have drawn\n",
         "",
         "From then on each rank draws its completions by other numbers than the ones that a checkpoint holds.",
-        (f"{RANKS}test_whatever_rewards_draw_all_ranks_go_on_with_one_random_state",),
+        (f"{APART}test_whatever_rewards_draw_all_ranks_go_on_with_one_random_state",),
     ),
     Mutation(
         36,
@@ -155,6 +155,6 @@ BUGS = [
         "with torch.random.fork_rng(devices):",
         "A rank on whose machine a shortcut fails tries one way more than the others, which wait for ever; and each "
         "draws a part only of the few probes.",
-        (f"{RANKS}test_what_is_tried_at_loading_waits_for_no_other_rank",),
+        (f"{APART}test_what_is_tried_at_loading_waits_for_no_other_rank",),
     ),
 ]
