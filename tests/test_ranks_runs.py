@@ -19,6 +19,7 @@ import grpo_core.step
 import grpo_core.train
 import sft_core.learn.optim
 import sft_core.run.checkpoint
+import sft_core.run.joined
 import sft_core.train
 from sft_core.learn import ranks
 from sft_core.learn.optim import Optimizer
@@ -209,7 +210,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named_with_where_it_was_last_seen
     def program() -> None:
         if os.environ["RANK"] == "1":
             hangs()
-        grpo_core.train.main(command(model, tmp_path / "run", "--rank_timeout", "2"))
+        grpo_core.train.main(command(model, tmp_path / "run", "--rank_timeout", "10"))
 
     (first, second), store = start(2, program, tmp_path / "printed")
     assert ended([first]) == [1]
@@ -250,8 +251,9 @@ def test_the_error_of_one_rank_is_told_once_as_one_process_tells_it(model: Path,
     ],
 )
 def test_a_users_mistake_is_told_once_and_leaves_nothing(
-    flags: list[str], message: str, model: Path, tmp_path: Path
+    flags: list[str], message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sft_core.run.joined, "PATIENCE", 60.0)  # however busy the machine is, rank 0 comes to tell
     codes = run(4, command(model, tmp_path / "run", *flags), tmp_path / "printed")
     assert codes[0] == 2 and 0 not in codes
     assert [printed(tmp_path / "printed", rank) for rank in (1, 2, 3)] == [""] * 3
