@@ -89,6 +89,8 @@ class Sheet:
 
     def exchange(self, mine: Sequence[int]) -> None:
         """Under torchrun: give what this rank has drawn, at the places `mine`, for what the others have."""
+        if ranks.world() == 1:
+            return
         drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
         for number, (places, completion_NT, logp_NT) in enumerate(ranks.gathered(drawn, "completions")):
             if number != ranks.rank():

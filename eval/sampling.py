@@ -36,7 +36,7 @@ from eval.draw import Draw
 from eval.going import Going
 from eval.samples import Ended, Samples, Sampling, Sheet, completion_lengths
 from sft_core.learn import ranks
-from sft_core.model.half import half_twin
+from sft_core.learn.shards import model_to_sample
 from sft_core.model.policy import Policy
 
 LEAVING = 4  # a segment ends when one row in so many has ended
@@ -56,8 +56,8 @@ def sample(
     at_once = at_once or len(prompts)
     sheet = Sheet(policy, len(prompts), sampling, ended)
     with (
+        model_to_sample(policy) as model,
         torch.inference_mode(),
-        half_twin(policy.model, policy.half_dtype) as model,
         ready_to_generate(model),
         policy.precision.autocast(),
     ):

@@ -10,7 +10,7 @@ from transformers import set_seed
 from eval.trust import trusted
 from grpo_core.config import GRPOConfig
 from grpo_core.dynamic import Draw, replacing_equal_groups
-from grpo_core.reference import Reference
+from grpo_core.reference import policy_and_reference
 from grpo_core.scoring import REWARD_COLUMNS
 from grpo_core.step import Learner, sample_and_score
 from rewards import Reward, check_signatures, load_rewards
@@ -42,8 +42,7 @@ class GRPOJob:
         """Seed, load the policy, and copy the reference from it. `more` draws further prompts."""
         config = self.config
         set_seed(config.seed)
-        policy = trusted(load_policy(config, source))
-        reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+        policy, reference = policy_and_reference(trusted(load_policy(config, source)), config)
         optimizer = Optimizer(policy, config, self.steps * config.mu, micro_batch)
         roll_out = replacing_equal_groups(more) if config.dynamic_sampling else sample_and_score
         return Learner(config, policy, reference, self.rewards, optimizer, roll_out=roll_out)

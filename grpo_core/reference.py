@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.config import GRPOConfig
 from sft_core.learn.rows import Rows, Tokens
 from sft_core.learn.scored import scored
+from sft_core.learn.shards import in_parts, part_of, share_out, whole
 from sft_core.model.half import halve
 from sft_core.model.policy import Policy, is_adapted
 
 ADAPTER = "reference"
+
+
+def policy_and_reference(policy: Policy, config: GRPOConfig) -> tuple[Policy, Reference | None]:
+    """The policy, shared out among ranks if asked, and its reference, where there is a KL."""
+    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+    policy = in_parts(policy, config)
+    if reference and policy.hollow and not is_adapted(policy.model):  # a second adapter is a part of the policy
+        share_out(reference.policy.model)
+    return policy, reference
 
 
 class Reference:
@@ -26,6 +37,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, sync_every: int = 0, sync_mix: float = 1.0) -> None:
+        self.trained = [p for p in policy.model.parameters() if p.requires_grad]
         self.learned, self.sync_every, self.sync_mix, self.updates = policy.model, sync_every, sync_mix, 0
         if is_adapted(policy.model):
             from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -63,13 +75,13 @@ class Reference:
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights, if they move; a frozen reference can be made again from the model that the run began with."""
-        return {str(i): mine for i, (mine, _) in enumerate(self._pairs())} if self.sync_every else {}
+        return {str(i): whole(mine) for i, (mine, _) in enumerate(self._pairs())} if self.sync_every else {}
 
     @torch.no_grad()
     def load(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.updates = numbers["updates"]
         for i, (mine, _) in enumerate(self._pairs() if tensors else ()):
-            mine.copy_(tensors[str(i)])
+            mine.copy_(part_of(tensors[str(i)], mine))
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each weight of the reference with the policy's."""
@@ -87,6 +99,8 @@ class Reference:
             yield
             return
         model.set_adapter(ADAPTER, inference_mode=True)
+        for parameter in self.trained:  # FSDP asks once, at the first pass, which have a gradient
+            parameter.requires_grad_()
         try:
             yield
         finally:

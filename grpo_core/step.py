@@ -35,7 +35,6 @@ from grpo_core.objective import (
 from grpo_core.reference import Reference
 from grpo_core.scoring import score_groups
 from rewards import Reward, Scores
-from sft_core.learn import ranks
 from sft_core.learn.clock import Stopwatch
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
@@ -163,7 +162,7 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
         updates.append(terms_of_each)  # of the pass that counts
         if learner.reference:
             learner.reference.follow()
-    taught = (rows, advantage_BG, kept_NT, ranks.whole(old_logp_NT, "old log-probabilities"), updates)
+    taught = (rows, advantage_BG, kept_NT, rows.gathered(old_logp_NT, "old log-probabilities"), updates)
     return StepReport(config, rollout, *taught, grad_norm, learning_rate, clock)
 
 

@@ -34,6 +34,7 @@ from sft_core.cli import parse_config, run_ends, user_errors
 from sft_core.errors import Refused
 from sft_core.learn import ranks
 from sft_core.learn.clock import step_bar
+from sft_core.learn.shards import whole_policy
 from sft_core.learn.trust import refuse_gap
 from sft_core.model.policy import is_adapted
 from sft_core.model.source import find_source
@@ -90,7 +91,8 @@ class GRPORun:
             after = self.held_out(self.job.steps)
             if before and after:
                 ranks.by_first(lambda: self.compare(before, after), "summary")
-            final = ranks.by_first(lambda: folder.save_final(self.learner.policy), "final model")
+            policy = whole_policy(self.learner.policy)
+            final = ranks.by_first(lambda: folder.save_final(policy), "final model")
         print(f"run folder: {folder.path} (log.jsonl, completions.jsonl, tensorboard/)\nfinal model: {final}")
         programs = ("benchmarks.plots", "benchmarks.browse", "grpo_core.doctor")
         print(f"curves, texts, advice: {'; '.join(f'python -m {name} {folder.path}' for name in programs)}")

@@ -126,6 +126,9 @@ class OptimConfig:
         0, "rows per forward and backward pass; auto (0): tokens, as memory allows; never changes the gradient"
     )
     memory: str = flag("", "what --micro_batch auto may plan for, such as 15GiB; empty: the memory that is free")
+    parallel: Literal["auto", "ddp", "fsdp"] = flag(
+        "auto", "under torchrun: each rank has all weights (ddp), a part (fsdp), or a part where memory asks for it"
+    )
     offload_optimizer: str = flag(
         "", "where AdamW's moments are kept between steps: cpu (for CUDA), or a folder for memory-mapped files"
     )
@@ -145,6 +148,12 @@ class OptimConfig:
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         require(not self.memory or bool(size_of(self.memory)), "memory", self.memory, "a size such as 15GiB or 800MB")
         require(not (self.memory and self.micro_batch), "memory", self.memory, "only together with --micro_batch auto")
+        require(
+            self.parallel != "fsdp" or not self.offload_optimizer,
+            "offload_optimizer",
+            self.offload_optimizer,
+            "--parallel ddp beside it: fsdp has moments in parts",
+        )
         require(
             self.offload_optimizer in ("", "cpu") or Path(self.offload_optimizer).is_dir(),
             "offload_optimizer",
@@ -168,6 +177,7 @@ FREE_ON_RESUME = (
         "micro_batch",
         "memory",
         "offload_optimizer",
+        "parallel",
         "keep_freed_memory",
         "reward_timeout",
         "eval_batch_size",

@@ -28,6 +28,7 @@ from sft_core.learn.fit import fitted
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, Tokens, pack_rows
+from sft_core.learn.shards import in_parts, is_shared, whole_policy
 from sft_core.learn.trust import trusted_learner
 from sft_core.model.policy import Policy, is_adapted, load_policy
 from sft_core.model.source import find_source
@@ -94,9 +95,10 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig,
     """Mean negative log-probability per demonstration token on held-out problems."""
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
-    total = sum(float(token_logprobs(policy, micro, entropy="none")[0].sum()) for _, micro in rows.micro_batches(size))
+    passes = rows.passes(size, is_shared(policy.model))
+    totals = [counts * float(token_logprobs(policy, micro, entropy="none")[0].sum()) for _, micro, counts in passes]
     policy.model.train()
-    return -sum(ranks.gathered(total, "held-out loss")) / float(rows.completion_len_N.sum())
+    return -sum(ranks.gathered(sum(totals), "held-out loss")) / float(rows.completion_len_N.sum())
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class SFTRun:
         """Train, and upload under --push_to_hub; return the folder of the final model."""
         with closing(self.folder), self.progress.kept():
             self.train()
-            final = ranks.by_first(lambda: self.folder.save_final(self.policy), "final model")
+            policy = whole_policy(self.policy)
+            final = ranks.by_first(lambda: self.folder.save_final(policy), "final model")
         ranks.by_first(lambda: push_run(self.folder.path, self.job.config), "upload")
         return final
 
@@ -176,7 +179,7 @@ def _begin(job: SFTJob, folder: RunFolder) -> SFTRun:
     source = job.source or find_source(replace(config, model=base))
     fit = fitted(config, source, plan)
     print(fit.line)
-    policy = trusted_learner(load_policy(fit.config, source))
+    policy = in_parts(trusted_learner(load_policy(fit.config, source)), fit.config)
     # Weights that no checkpoint holds: those below an adapter.
     identity = {"task": job.task.identity, "model": weights_identity(policy) if is_adapted(policy.model) else ""}
     optimizer = Optimizer(policy, fit.config, job.steps, fit.micro_batch)

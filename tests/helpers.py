@@ -20,7 +20,7 @@ from benchmarks.exact.enumeration import attention_of as attention_of
 from eval.samples import Samples
 from grpo_core.config import GRPOConfig
 from grpo_core.metrics import step_record
-from grpo_core.reference import Reference
+from grpo_core.reference import policy_and_reference
 from grpo_core.step import Learner, StepReport, grpo_step
 from rewards import Reward, TrainerState
 from sft_core.cli import parse_config
@@ -189,7 +189,7 @@ def length_reward(prompts: Sequence[Any], completions: Sequence[str], **columns:
 
 def learner(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, steps: int = 10) -> Learner:
     """All that `grpo_step` needs, with the real optimizer, put together in the order in which a run does it."""
-    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+    policy, reference = policy_and_reference(policy, config)
     policy.model.train()
     return Learner(config, policy, reference, [Reward("reward", reward)], Optimizer(policy, config, steps))
 
@@ -223,7 +223,7 @@ class GradientCatcher:
 
 def caught(policy: Policy, config: GRPOConfig, reward: Callable[..., Any] = length_reward, lr: float = 0.0) -> Learner:
     """As `learner`, with a `GradientCatcher` for its optimizer."""
-    reference = Reference(policy, config.ref_sync_every, config.ref_sync_mix) if config.beta else None
+    policy, reference = policy_and_reference(policy, config)
     policy.model.train()
     catcher = GradientCatcher(policy, config.micro_batch, lr)
     return Learner(config, policy, reference, [Reward("reward", reward)], catcher)  # type: ignore

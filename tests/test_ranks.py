@@ -16,6 +16,7 @@ from grpo_core.metrics import step_record
 from grpo_core.step import Learner, grpo_step, sample_and_score
 from rewards import Reward
 from sft_core.learn import ranks
+from sft_core.learn.shards import whole
 from sft_core.model.policy import Policy
 from sft_core.run.joined import joined, meet
 from sft_core.text.example import Example
@@ -74,10 +75,10 @@ def policy_for(name: str, dtype: torch.dtype) -> Policy:
     return replace(policy, layout="rows", prefill=False) if name == "rows apart" else policy
 
 
-def parts_for(name: str, dtype: torch.dtype) -> Learner:
+def parts_for(name: str, dtype: torch.dtype, parallel: str) -> Learner:
     """All that a step works with, and further prompts for --dynamic_sampling."""
-    config = grpo_config(prompts_per_step=B, micro_batch=4, lr=1e-2)
-    config = replace(config, **{key: value for key, value in SETTINGS[name].items() if key != "share_prompts"})
+    config = grpo_config(prompts_per_step=B, micro_batch=4, lr=1e-2, parallel=parallel)
+    config = replace(config, **SETTINGS[name])
     parts = learner(policy_for(name, dtype), config)
     more = iter(range(1000))
 
@@ -89,14 +90,14 @@ def parts_for(name: str, dtype: torch.dtype) -> Learner:
     return replace(parts, rewards=rewards, roll_out=roll_out)
 
 
-def found(name: str, dtype: torch.dtype) -> dict[str, Any]:
+def found(name: str, dtype: torch.dtype, parallel: str = "ddp") -> dict[str, Any]:
     """What a few steps of this setting come to."""
-    parts, gradients = parts_for(name, dtype), list[dict[str, Tensor]]()
+    parts, gradients = parts_for(name, dtype, parallel), list[dict[str, Tensor]]()
     optimizer, policy = parts.optimizer, parts.policy
     clip_and_step = optimizer.clip_and_step
 
     def caught() -> tuple[float, bool]:
-        gradients.append({name: p.grad.clone() for name, p in policy.trainable()})
+        gradients.append({name: whole(p.grad).clone() for name, p in policy.trainable()})
         return clip_and_step()
 
     optimizer.clip_and_step = caught  # type: ignore[method-assign]
@@ -110,16 +111,16 @@ def found(name: str, dtype: torch.dtype) -> dict[str, Any]:
         "advantages": torch.stack([report.advantage_BG for report in reports]),
         "log": [{key: value for key, value in record.items() if not key.endswith("_s")} for record in records],
         "gradients": gradients,
-        "weights": {name: p.detach().clone() for name, p in policy.trainable()},
+        "weights": {name: whole(p.detach()).clone() for name, p in policy.trainable()},
         "random": torch.get_rng_state(),
     }
 
 
-def save_all_found(folder: Path, dtype: torch.dtype) -> None:
+def save_all_found(folder: Path, parallel: str) -> None:
     """Save what this rank finds of each setting."""
     with joined():
         meet(60)
-        result = {name: found(name, dtype) for name in SETTINGS}
+        result = {name: found(name, torch.float64, parallel) for name in SETTINGS}
         torch.save(result, folder / f"{ranks.rank()}.pt")
 
 
@@ -134,9 +135,12 @@ def alone() -> dict[str, dict[str, Any]]:
     return {name: found(name, torch.float64) for name in SETTINGS}
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_do_what_one_process_does(world: int, alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    codes = together(world, partial(save_all_found, tmp_path, torch.float64), tmp_path)
+def test_ranks_do_what_one_process_does(
+    parallel: str, world: int, alone: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    codes = together(world, partial(save_all_found, tmp_path, parallel), tmp_path)
     assert codes == [0] * world, (tmp_path / "0.err").read_text()
     of_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for name, expected in alone.items():

@@ -222,6 +222,7 @@ FREE |= {
     "private": "True",
     "record_tokens": "False",
     "rank_timeout": "60",
+    "parallel": "ddp",
 }
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sft_core.learn.layout import pack
 from sft_core.learn.rows import Rows
+from sft_core.learn.shards import in_one_pass
 from sft_core.model.backbone import backbone_and_head
 from sft_core.model.policy import Policy
 from sft_core.model.segments import attending_by
@@ -31,14 +32,17 @@ def token_logprobs(
         logp_NT: float32 (float64 for a float64 model), differentiable, exactly 0 on padding.
         entropy_NT: in nats; without gradient unless `entropy="gradient"`; all 0 with "none", which saves time.
     """
-    packed = pack(rows, policy.layout)
+    packed, mask_NT = pack(rows, policy.layout), rows.mask_NT
     backbone, logits_of = backbone_and_head(policy.model, policy.split_head)
-    with policy.precision.autocast(), attending_by(packed.segments):
-        inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
-        hidden_RLD = backbone(**inputs, use_cache=False).last_hidden_state
-    hidden_MD = hidden_RLD.flatten(0, 1).index_select(0, packed.predictor_M)  # prompts and padding skip the head
-    mask_NT = rows.mask_NT
-    logp_M, entropy_M = _scores(logits_of, hidden_MD, rows.completion_NT[mask_NT], policy, temperature, entropy)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        with policy.precision.autocast(), attending_by(packed.segments):
+            inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention}
+            hidden_RLD = backbone(**inputs, position_ids=packed.position_RL, use_cache=False).last_hidden_state
+        hidden_MD = hidden_RLD.flatten(0, 1).index_select(0, packed.predictor_M)  # prompts and padding skip the head
+        return _scores(logits_of, hidden_MD, rows.completion_NT[mask_NT], policy, temperature, entropy)
+
+    logp_M, entropy_M = in_one_pass(policy.model, compute)
     nothing_NT = torch.zeros(mask_NT.shape, dtype=logp_M.dtype, device=logp_M.device)
     return nothing_NT.masked_scatter(mask_NT, logp_M), nothing_NT.masked_scatter(mask_NT, entropy_M)
 

@@ -10,6 +10,7 @@ import torch
 
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.rows import Tokens
+from sft_core.learn.shards import part_of, whole
 
 
 class Saved:
@@ -38,7 +39,7 @@ class Saved:
         if self.offloaded:
             return self.offloaded.tensors()
         states = ((i, self.adamw.state[p]) for i, p in enumerate(self.parameters) if p in self.adamw.state)
-        return {f"{i}.{name}": value for i, state in states for name, value in state.items()}
+        return {f"{i}.{name}": whole(value) for i, state in states for name, value in state.items()}
 
     def load(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Go back to where `numbers` and `tensors` were taken, the moments wherever this optimizer keeps them."""
@@ -57,7 +58,7 @@ class Saved:
                 if self.offloaded:
                     self.offloaded.put(i, tensors[f"{i}.step"], *moments)
                 else:
-                    mean, square = (moment.to(parameter.device).view_as(parameter) for moment in moments)
+                    mean, square = (part_of(moment, parameter) for moment in moments)
                     # The count stays on AdamW's device: with the fused version on a GPU, the GPU.
                     step = tensors[f"{i}.step"].clone().to(parameter.device)
                     self.adamw.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
 from sft_core.learn.rows import LARGEST, Rows, Tokens
+from sft_core.learn.shards import is_shared, whole
 from sft_core.model.policy import Policy
 
 Learned = TypeVar("Learned")
@@ -37,6 +39,7 @@ class Optimizer(Recovery, Saved):
         self.micro_batch = micro_batch or config.micro_batch or LARGEST
         if isinstance(self.micro_batch, Tokens):
             self.micro_batch = replace(self.micro_batch, padded=policy.layout == "rows")
+        self.shared, self.counts = is_shared(policy.model), True
         self.max_skipped = config.max_skipped
         self.max_grad_norm = config.max_grad_norm or float("inf")
         self.adamw = torch.optim.AdamW(
@@ -70,16 +73,27 @@ class Optimizer(Recovery, Saved):
         """Call `learn`, which computes a loss and hands it to `backward`, on all rows, a micro-batch at a time. Under
         torchrun each rank does so on its part of them, and the gradients are added up."""
         self.learned = (rows, learn)
-        learned = self._until_it_fits(
-            lambda: [learn(at, micro) for at, micro in rows.micro_batches(self.micro_batch)], rows
-        )
-        ranks.add_up_gradients(self.parameters)
+        learned = self._until_it_fits(lambda: self._pass(rows, learn), rows)
+        if not self.shared:
+            ranks.add_up_gradients(self.parameters)
         self.loss = ranks.whole(self.loss, "loss")
         return [each for part in ranks.gathered(learned, "what was learned") for each in part]
 
+    def _pass(self, rows: Rows, learn: Callable[[slice, Rows], Learned]) -> list[Learned]:
+        learned: list[Learned] = []
+        with ranks.at_once("gradients") if self.shared else nullcontext():
+            for at, micro, counts in rows.passes(self.micro_batch, self.shared):
+                self.counts = counts
+                learned += [learn(at, micro)][:counts]
+        return learned
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradient, times the scaler's factor, to `.grad`."""
+        if not self.counts:
+            loss = loss * 0
         self.loss = self.loss.to(loss.device) + loss.detach()
+        if self.shared:
+            loss = loss * ranks.world()  # of gradients that are shared out FSDP takes the mean
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:
@@ -92,7 +106,7 @@ class Optimizer(Recovery, Saved):
         self.passes += 1
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)).item()
         finite = math.isfinite(grad_norm) and math.isfinite(self.loss)
         if finite:
             # Not scaler.step(), which would look for overflows again.

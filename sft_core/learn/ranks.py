@@ -146,6 +146,26 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+@contextmanager
+def at_once(phase: str) -> Iterator[None]:
+    """A block in which all ranks compute, and exchange weights or gradients on the way (sft_core.learn.shards).
+
+    Raises:
+        Lost: not all ranks have come.
+    """
+    if world() == 1:
+        yield
+        return
+    start = time.perf_counter()
+    _come_to(phase)
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Lost(_who_is_missing(phase, time.perf_counter() - start, error)) from error
+
+
 def waited() -> float:
     """Seconds that this rank has spent waiting for others, and exchanging."""
     return here.waited
@@ -168,14 +188,18 @@ def _exchange(phase: str) -> Iterator[None]:
     Raises:
         Lost: not all ranks have come.
     """
-    here.calls += 1
     start = time.perf_counter()
     try:
-        here.store.set(f"at/{here.rank}", f"{here.calls} {phase}")
+        _come_to(phase)
         yield
     except RuntimeError as error:  # gloo's, of a connection that has closed or a time that is over
         raise Lost(_who_is_missing(phase, time.perf_counter() - start, error)) from error
     here.waited += time.perf_counter() - start
+
+
+def _come_to(phase: str) -> None:
+    here.calls += 1
+    here.store.set(f"at/{here.rank}", f"{here.calls} {phase}")
 
 
 def _who_is_missing(phase: str, seconds: float, error: RuntimeError) -> str:

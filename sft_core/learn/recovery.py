@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from sft_core.learn import ranks
 from sft_core.learn.rows import Rows, Tokens
+from sft_core.learn.shards import whole
 
 Learned = TypeVar("Learned")
 
@@ -26,6 +28,7 @@ class Recovery:
     loss: torch.Tensor  # of the current pass
     micro_batch: int | Tokens
     max_skipped: int
+    shared: bool  # the weights, among ranks
     initial_scale: float
     learned: tuple[Rows, Callable[[slice, Rows], Any]] | None = None  # by the current pass
     skipped = skipped_in_a_row = 0
@@ -40,7 +43,7 @@ class Recovery:
             try:
                 return run()
             except RuntimeError as error:
-                smaller = halved(self.micro_batch, rows) if out_of_memory(error) else None
+                smaller = halved(self.micro_batch, rows) if out_of_memory(error) and not self.shared else None
                 if not smaller:
                     raise
                 traceback.clear_frames(error.__traceback__)  # which hold the tensors that were too much
@@ -73,15 +76,17 @@ class Recovery:
         if not self.learned:
             return []
         (rows, learn), found = self.learned, []
-        for at, row in rows.micro_batches(1):
-            self.scaler.update(scale)
-            learn(at, row)
-            self.scaler.unscale_(self.adamw)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf"))
-            if not (math.isfinite(norm) and math.isfinite(self.loss)):
-                found.append(at.start)
-            self._forget()
-        return [row for part in ranks.gathered(found, "rows at fault") for row in part]
+        # Of weights that are shared out a row has its gradient only where all ranks pass it.
+        with ranks.alone() if self.shared else nullcontext():
+            for at, row in rows.micro_batches(1):
+                self.scaler.update(scale)
+                learn(at, row)
+                self.scaler.unscale_(self.adamw)
+                norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, float("inf")))
+                if not (math.isfinite(norm) and math.isfinite(self.loss)):
+                    found.append(at.start)
+                self._forget()
+            return [row for part in ranks.gathered(found, "rows at fault") for row in part]
 
     def _forget(self) -> None:
         """Begin the next pass: no gradient, no loss."""

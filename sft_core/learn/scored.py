@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from sft_core.learn import ranks
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, Tokens
+from sft_core.learn.shards import is_shared
 from sft_core.model.policy import Policy
 
 
@@ -22,10 +24,12 @@ def scored(
     rank scores its part of the rows, and all get all."""
     logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
     entropy_NT = torch.zeros_like(logp_NT)
-    for at, micro in rows.micro_batches(micro_batch):
-        cut = (at, slice(micro.completion_NT.shape[1]))
-        logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
-    logp_NT, entropy_NT = ranks.whole(logp_NT, "scores"), ranks.whole(entropy_NT, "scores")
+    shared = is_shared(policy.model)
+    with ranks.at_once("scores") if shared else nullcontext():
+        for at, micro, _ in rows.passes(micro_batch, shared):
+            cut = (at, slice(micro.completion_NT.shape[1]))
+            logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
+    logp_NT, entropy_NT = rows.gathered(logp_NT, "scores"), rows.gathered(entropy_NT, "scores")
     if micro_batch != 1 and not logp_NT.isfinite().all():
         return scored(policy, rows, temperature, 1, entropy)
     return logp_NT, entropy_NT

@@ -50,6 +50,7 @@ class Policy:
     pads: bool = True  # prompts of unlike lengths are sampled in one batch
     cached: bool = True  # the sampler computes each token once
     half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
+    hollow: Any = field(default=None, compare=False)  # where ranks share out the weights: the model without any
     checks: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # what trying the shortcuts found
 
     @property

@@ -27,6 +27,7 @@ from sft_core.config import RunConfig
 from sft_core.errors import Refused
 from sft_core.learn import ranks
 from sft_core.learn.optim import Optimizer
+from sft_core.learn.shards import is_shared, load_weights, whole_policy
 from sft_core.model.policy import Policy
 from sft_core.run.checkpoint import (
     NotSaved,
@@ -89,6 +90,7 @@ class Progress:
         self.identity = {"precision": policy.precision.name, **identity}
         self.again = folder.path  # what --resume is to name when this has ended early
         self.step, self.signal, self.ending = 0, 0, False
+        self.shared = is_shared(policy.model)  # then no rank can save what the others do not
         if folder.checkpoint:
             self._restore(folder.checkpoint)
             folder.resume_from(folder.checkpoint)
@@ -106,7 +108,11 @@ class Progress:
         """
         self.step = step
         self._rest()
+        if self.shared:
+            self.signal = max(ranks.gathered(self.signal, "signals"))
         if self.signal:
+            if self.shared:
+                self.save()
             raise Interrupted(self.signal)
         steps, seconds = self.config.save_interval
         if (steps and step % steps == 0) or (seconds and time.monotonic() - self.saved_at >= seconds):
@@ -125,9 +131,10 @@ class Progress:
         """
         assert self.at_rest
         tensors = {name: part.tensors() for name, part in self.parts.items()}
+        policy = whole_policy(self.policy)
 
         def write(folder: Path) -> None:
-            self.policy.save(folder)
+            policy.save(folder)
             save_state(folder, {**self.state, "tensors": tensors})
 
         path = self.folder.save_checkpoint(self.step, write)
@@ -152,7 +159,9 @@ class Progress:
 
     def _save_at_last(self, error: BaseException) -> None:
         failed, self.ending = "", True
-        if self.at_rest and self.saved < self.step and not isinstance(error, NotSaved):
+        if self.shared and self.saved < self.step:
+            failed = f"step {self.step} is not saved: of the weights each rank had a part; "
+        elif self.at_rest and self.saved < self.step and not isinstance(error, NotSaved):
             try:
                 self.save()
             except Exception as another:  # a device or a disk that has failed fails here again
@@ -182,7 +191,7 @@ class Progress:
             if (then := state["identity"].get(name)) != value:
                 changed = f"the {name} is not what it was when the run began ({then}; now {value})"
                 raise Refused(f"--resume {self.folder.path}: {changed}")
-        self.policy.load(checkpoint)
+        load_weights(self.policy, lambda policy: policy.load(checkpoint))
         for name, part in self.parts.items():
             part.load(state["parts"][name], state["tensors"][name])
         set_random_state(state["random"])
@@ -204,7 +213,7 @@ class Progress:
             for each in numbers:
                 signal.signal(each, then)
             self.signal = number
-            if self.at_rest and not self.ending:
+            if self.at_rest and not (self.ending or self.shared):
                 raise Interrupted(number)
             if then == signal.SIG_DFL:
                 with suppress(OSError):  # not print(), which the signal may have come in the middle of
@@ -220,8 +229,13 @@ class Progress:
 
 def weights_identity(policy: Policy) -> str:
     """A CRC of every weight, which distinguishes models of the same shape. About a second per gigabyte."""
-    crc = 0
-    for name, weight in sorted(policy.model.state_dict().items()):
-        raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-        crc = zlib.crc32(raw.numpy(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+    model = whole_policy(policy).model
+
+    def crc() -> str:
+        found = 0
+        for name, weight in sorted(model.state_dict().items()):
+            raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found = zlib.crc32(raw.numpy(), zlib.crc32(name.encode(), found))
+        return f"{found:08x}"
+
+    return ranks.by_first(crc, "weights")
