@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sft_core.config import ModelConfig, OptimConfig, RunConfig, flag
 from sft_core.errors import require
-from sft_core.learn.footprint import Lengths, Plan, learner_moments, micro_batches, standing
+from sft_core.learn.footprint import Lengths, Plan, learner_moments, micro_batches, of_a_rank, standing
 from sft_core.learn.rows import Tokens
 from sft_core.model.policy import load_tokenizer
 from sft_core.model.shapes import Shapes
@@ -43,12 +43,16 @@ class SFTConfig(RunConfig, OptimConfig, ModelConfig, TaskConfig):
         )
 
 
-def plan(config: SFTConfig, shapes: Shapes, half: bool, kind: str, micro_batch: int | Tokens) -> Plan:
-    """The memory of a step on the longest rows that the config admits; `half`: under autocast; `kind`: cpu or cuda."""
+def plan(config: SFTConfig, shapes: Shapes, half: bool, kind: str, micro_batch: int | Tokens, ranks: int = 1) -> Plan:
+    """The memory of a step on the longest rows that the config admits; `half`: under autocast; `kind`: cpu or cuda;
+    `ranks`: how many share its rows."""
     lengths = Lengths(config.max_prompt_tokens, config.max_completion_tokens)
-    batches = micro_batches(config.batch_size, 1, lengths, config.share_prompts and shapes.packs, micro_batch)
+    batches = micro_batches(
+        -(-config.batch_size // ranks), 1, lengths, config.share_prompts and shapes.packs, micro_batch
+    )
     always = standing(config, shapes, half, kind, batches)
-    return Plan(learner_moments(config, shapes, half, kind, batches, always, entropy=False))
+    moments = learner_moments(config, shapes, half, kind, batches, always, entropy=False)
+    return Plan(of_a_rank(config, shapes, moments, ranks))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,25 @@ def test_less_memory_means_fewer_tokens_then_checkpointing_then_moments_in_main_
     assert len({each.micro_batch for each in found}) > 3
 
 
+def test_of_several_ranks_each_has_all_weights_where_they_fit_and_else_a_part() -> None:
+    def chosen_by(ranks: int, limit: float, **values: Any) -> Fit[Any]:
+        def plan_of(config: Any, size: int | Tokens) -> Plan:
+            return plan(config, QWEN, True, "cpu", None, size, ranks)
+
+        return fit(replace(AUTO, **values), "cpu", limit, plan_of, ranks)
+
+    assert chosen_by(2, 1e12).config.parallel == "auto"
+    assert chosen_by(2, 1e12).line.endswith(
+        ", on each of 2 ranks; with 1000.0 GB: micro-batches of up to 16,384 tokens"
+    )
+    for size, limit in ((0, 8e9), (4, 16e9)):
+        found = chosen_by(4, limit, micro_batch=size)
+        assert found.config.parallel == "fsdp" and "--parallel fsdp" in found.line
+        assert found.plan and found.plan.peak <= SHARE * limit
+        assert chosen_by(4, limit, parallel="ddp", micro_batch=size).config.parallel == "ddp"
+        assert chosen_by(1, limit, micro_batch=size).config.parallel == "auto"
+
+
 def test_where_nothing_fits_the_one_that_needs_least_is_tried_and_said() -> None:
     found = chosen(0)  # fewer tokens than a row has save nothing
     assert found.micro_batch == Tokens(512) and found.config.gradient_checkpointing

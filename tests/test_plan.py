@@ -12,6 +12,7 @@ from benchmarks.plan.question import alternatives, answer, question_of, savings
 from benchmarks.workload import workload
 from grpo_core.config import GRPOConfig
 from grpo_core.forecast.memory import batches_of, plan
+from grpo_core.forecast.traffic import sent
 from sft_core.config import ModelConfig
 from sft_core.learn.footprint import GB, Batch, Lengths, kept_bytes
 from sft_core.learn.layout import rows_of_group
@@ -239,3 +240,37 @@ def test_each_flag_that_is_named_saves_what_it_says_and_none_is_named_that_does_
     assert found["--beta 0"][0] == 4 * shapes.base - 2 * layers
     assert found["--offload_optimizer cpu"][0] == 8 * shapes.base
     assert "--lora" in answer(question)
+
+
+# ------------------------------------------------------------------------------------------------------ several ranks
+
+
+def test_ranks_share_rows_and_under_fsdp_what_lasts() -> None:
+    def moments(parallel: str, ranks: int) -> dict[str, dict[str, float]]:
+        config = small(parallel=parallel, beta=0.1)
+        return plan(config, ROUND, True, "none", LENGTHS, None, ranks).moments
+
+    alone, ddp, fsdp = moments("ddp", 1), moments("ddp", 2), moments("fsdp", 2)
+    for lasting in ("weights", "AdamW", "reference"):
+        assert ddp["the update"][lasting] == alone["the update"][lasting] == 2 * fsdp["the update"][lasting]
+    assert ddp["sampling"]["keys and values"] == alone["sampling"]["keys and values"] / 2
+    # 11,500 weights: 2 layers of 700 and 10,100 around them. Sampling, under autocast: the matrices have a half twin.
+    assert fsdp["sampling"]["gathered"] == 4 * (11_500 - 2 * 700)
+    assert fsdp["the start"] == {"process": 0.0, "weights": 4 * 11_500}
+    assert fsdp["the reference's pass"]["gathered"] == pytest.approx(4 * 11_500)
+    # A layer's gradients and those around the layers exist whole before they are added up.
+    assert fsdp["the layers' backward pass"]["gathered"] == pytest.approx(4 * 11_500 + 4 * (10_100 + 700))
+    assert fsdp["the update"]["gathered"] == 0
+    assert moments("fsdp", 1) == alone
+
+
+def test_what_ranks_send_in_a_step() -> None:
+    two = batches_of(small(), ROUND, LENGTHS)  # micro-batches
+    assert len(two) == 2
+    assert sent(small(parallel="ddp"), ROUND, two, 1) == 0
+    assert sent(small(parallel="ddp"), ROUND, two, 4) == 3 / 4 * 2 * 4 * 11_500
+    assert sent(small(parallel="ddp", mu=3), ROUND, two, 4) == 3 * 3 / 4 * 2 * 4 * 11_500
+    # Each micro-batch: weights forward and backward, gradients once. And once for the sampler.
+    assert sent(small(parallel="fsdp"), ROUND, two, 4) == 3 / 4 * 4 * 11_500 * (2 * 3 + 1)
+    assert sent(small(parallel="fsdp", beta=0.1), ROUND, two, 4) == 3 / 4 * 4 * 11_500 * (2 * 3 + 1 + 2)
+    assert sent(small(parallel="fsdp"), ADAPTED, two, 4) == 3 / 4 * 4 * (2 * (2 * 11_600 + 100) + 11_600)

@@ -238,6 +238,26 @@ def test_every_gpu_has_a_line_and_more_arithmetic_takes_longer_on_each(capsys: p
     assert all(large > 5 * little for little, large in zip(*seconds, strict=True))
 
 
+def test_a_table_of_1_to_64_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmarks.plan.__main__.main(["t4", "--gpu", "t4", "--gpus", "--prompts_per_step", "64"])
+    text = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert rows[0][1:4] == rows[0][4:] and rows[0][3] == "0%"
+    for whole, share in ((1, 3), (4, 6)):
+        assert float(rows[1][whole]) < float(rows[0][whole])
+        assert all(0 < int(row[share].rstrip("%")) < 100 for row in rows[1:])
+    assert float(rows[-1][4]) < 0.5 * float(rows[-1][1])  # in parts a GPU holds less,
+    assert float(rows[-1][5]) > float(rows[-1][2])  # and exchanges more
+    assert "15.8 GB/s between GPUs, 12.5 GB/s between machines of 8" in text
+
+
+def test_a_table_of_gpus_of_an_unknown_connection_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.plan.__main__.main(["t4", "--gpu", "this", "--gpus"])
+    assert "is connected to others is not known here; name a --gpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "weights"),
     [

@@ -26,7 +26,6 @@ from tests.together import together
 
 pytestmark = [FORKS, pytest.mark.filterwarnings(PEFT_IS_BEHIND)]
 
-WORLDS = (2, 4)
 B, STEPS, SEED = 5, 2, 3  # 5 prompts: no number of ranks divides them
 QUESTIONS = [
     "Tom has 3 apples. Tom buys 4. How many?",
@@ -75,7 +74,7 @@ def policy_for(name: str, dtype: torch.dtype) -> Policy:
     return replace(policy, layout="rows", prefill=False) if name == "rows apart" else policy
 
 
-def parts_for(name: str, dtype: torch.dtype, parallel: str) -> Learner:
+def parts_for(name: str, dtype: torch.dtype, parallel: str = "ddp") -> Learner:
     """All that a step works with, and further prompts for --dynamic_sampling."""
     config = grpo_config(prompts_per_step=B, micro_batch=4, lr=1e-2, parallel=parallel)
     config = replace(config, **SETTINGS[name])
@@ -135,8 +134,9 @@ def alone() -> dict[str, dict[str, Any]]:
     return {name: found(name, torch.float64) for name in SETTINGS}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    "parallel, world", [("ddp", 2), ("ddp", 4), ("fsdp", 2), pytest.param("fsdp", 4, marks=pytest.mark.slow)]
+)
 def test_ranks_do_what_one_process_does(
     parallel: str, world: int, alone: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

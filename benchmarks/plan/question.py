@@ -34,6 +34,7 @@ class Question:
     source: Source | None
     where: Machine
     lengths: Lengths
+    ranks: int = 1  # a GPU each; the configuration is that of all of them
 
     @property
     def shapes(self) -> Shapes:
@@ -65,7 +66,7 @@ class Question:
             self.config,
             found.kind,
             found.memory,
-            lambda config, size: plan(config, shapes, self.half, found.kind, self.lengths, size),
+            lambda config, size: plan(config, shapes, self.half, found.kind, self.lengths, size, self.ranks),
         )
         assert chosen.plan
         return chosen.plan

@@ -14,6 +14,8 @@ from sft_core.learn.fit import available
 from sft_core.precision import pick_device, pick_precision
 
 GIB = 2**30
+# GB/s in each direction over 16 lanes, 128 of 130 bits; NVLink's rate is in the GPU's data sheet, for both directions.
+PCIE_3, PCIE_4, PCIE_5 = 15.75, 31.5, 63.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Machine:
     best: torch.dtype  # what --precision auto picks there
     rates: dict[torch.dtype, float]
     bandwidth: float
+    link: float = 0.0  # bytes/s in each direction to another device of the same machine; 0: unknown
 
     def dtype(self, precision: str) -> torch.dtype:
         """Of the matrix products under this --precision."""
@@ -45,13 +48,15 @@ class Machine:
         return Ceilings(self.rates[dtype], self.bandwidth) if self.rates else measured(torch.device(self.kind), dtype)
 
 
-def _gpu(name: str, gib: float, half: float, single: float, bandwidth: float, bf16: bool = True) -> Machine:
-    """Memory in GiB, rates in Tflop/s, bandwidth in GB/s. A bf16 that is only emulated is no faster than float32."""
+def _gpu(
+    name: str, gib: float, half: float, single: float, bandwidth: float, bf16: bool = True, link: float = PCIE_4
+) -> Machine:
+    """Memory in GiB, rates in Tflop/s, bandwidth and link in GB/s. A bf16 that is only emulated is no faster than
+    float32."""
     rates = {torch.float16: half, torch.bfloat16: half if bf16 else single, torch.float32: single}
     best = torch.bfloat16 if bf16 else torch.float16
-    return Machine(
-        name, "cuda", gib * GIB, best, {dtype: rate * 1e12 for dtype, rate in rates.items()}, bandwidth * 1e9
-    )
+    rates = {dtype: rate * 1e12 for dtype, rate in rates.items()}
+    return Machine(name, "cuda", gib * GIB, best, rates, bandwidth * 1e9, link * 1e9)
 
 
 # Rates and bandwidth from NVIDIA's data sheets, dense (sheets that count sparsity say twice as much); float32 without
@@ -59,29 +64,32 @@ def _gpu(name: str, gib: float, half: float, single: float, bandwidth: float, bf
 # on such a device, after error correction and the driver's share (T4s are seen with 14.56 to 14.75 GiB).
 GPUS = {
     # "NVIDIA T4" (2019): 65 Tflop/s fp16, 8.1 fp32, 320 GB/s, 16 GB; no bf16.
-    "t4": _gpu("T4", 14.56, 65, 8.1, 320, bf16=False),
+    "t4": _gpu("T4", 14.56, 65, 8.1, 320, bf16=False, link=PCIE_3),
     # "NVIDIA L4" (2023): 242 Tflop/s fp16 and bf16 with sparsity, 30.3 fp32, 300 GB/s, 24 GB.
     "l4": _gpu("L4", 22.05, 121, 30.3, 300),
     # "NVIDIA A10G" (Amazon's g5): 70 Tflop/s fp16 and bf16, 35 fp32, 600 GB/s, 24 GB. (The A10 has 125 and 31.)
     "a10g": _gpu("A10G", 22.05, 70, 35, 600),
-    # "NVIDIA A100 Tensor Core GPU": 312 Tflop/s fp16 and bf16, 19.5 fp32; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039.
-    "a100": _gpu("A100 40 GB", 39.39, 312, 19.5, 1555),
-    "a100-80": _gpu("A100 80 GB", 79.15, 312, 19.5, 2039),
+    # "NVIDIA A100 Tensor Core GPU": 312 Tflop/s fp16 and bf16, 19.5 fp32; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039;
+    # NVLink 600 GB/s.
+    "a100": _gpu("A100 40 GB", 39.39, 312, 19.5, 1555, link=300),
+    "a100-80": _gpu("A100 80 GB", 79.15, 312, 19.5, 2039, link=300),
     # GeForce cards, whose products in half precision run at half rate when they are summed in float32, as PyTorch does.
     # "NVIDIA Turing GPU Architecture" (2018), RTX 2080 Ti Founders Edition: 56.9 fp16, 14.2 fp32; no bf16.
-    "2080ti": _gpu("RTX 2080 Ti", 10.75, 56.9, 14.2, 616, bf16=False),
+    "2080ti": _gpu("RTX 2080 Ti", 10.75, 56.9, 14.2, 616, bf16=False, link=PCIE_3),
     # "NVIDIA Ampere GA102 GPU Architecture" (2020): 71 Tflop/s fp16 and bf16 (dense), 35.6 fp32, 936 GB/s, 24 GB.
     "3090": _gpu("RTX 3090", 23.6, 71, 35.6, 936),
     # RTX 3060, 12 GB: 3,584 cores at 1.78 GHz, at the same rates for each core and clock; 360 GB/s.
     "3060": _gpu("RTX 3060", 11.75, 25.5, 12.7, 360),
     # "NVIDIA Ada GPU Architecture" (2022): 165.2 Tflop/s fp16 and bf16 (dense), 82.6 fp32, 1,008 GB/s, 24 GB.
     "4090": _gpu("RTX 4090", 23.6, 165.2, 82.6, 1008),
-    # RTX 4060 Ti, 16 GB: 4,352 cores at 2.54 GHz, at the same rates for each core and clock; 288 GB/s.
-    "4060ti": _gpu("RTX 4060 Ti 16 GB", 15.6, 44.1, 22.1, 288),
+    # RTX 4060 Ti, 16 GB: 4,352 cores at 2.54 GHz, at the same rates for each core and clock; 288 GB/s;
+    # 8 lanes.
+    "4060ti": _gpu("RTX 4060 Ti 16 GB", 15.6, 44.1, 22.1, 288, link=PCIE_4 / 2),
     # "NVIDIA RTX Blackwell GPU Architecture" (2025): 209.5 Tflop/s fp16, bf16 (dense), 104.8 fp32, 1,792 GB/s, 32 GB.
-    "5090": _gpu("RTX 5090", 31.4, 209.5, 104.8, 1792),
-    # "NVIDIA H100 Tensor Core GPU" (SXM5): 1,979 Tflop/s fp16 and bf16 with sparsity, 67 fp32, 3.35 TB/s, 80 GB.
-    "h100": _gpu("H100", 79.1, 989, 67, 3350),
+    "5090": _gpu("RTX 5090", 31.4, 209.5, 104.8, 1792, link=PCIE_5),
+    # "NVIDIA H100 Tensor Core GPU" (SXM5): 1,979 Tflop/s fp16 and bf16 with sparsity, 67 fp32, 3.35 TB/s, 80 GB;
+    # NVLink 900 GB/s.
+    "h100": _gpu("H100", 79.1, 989, 67, 3350, link=450),
 }
 
 

@@ -11,6 +11,8 @@ Measured against real runs by `python -m benchmarks.plan --check`; the record is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from grpo_core.config import GRPOConfig
 from sft_core.learn.fit import Fit
 from sft_core.learn.fit import fitted as fit_here
@@ -25,6 +27,7 @@ from sft_core.learn.footprint import (
     head,
     learner_moments,
     micro_batches,
+    of_a_rank,
     passing_bytes,
     standing,
 )
@@ -40,9 +43,12 @@ def plan(
     kind: str,
     lengths: Lengths | None = None,
     micro_batch: int | Tokens | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """Every moment of a step from the second on, when AdamW has its moments. `half`: under autocast; `kind`: cpu or
-    cuda; `lengths`: of prompts and completions, by default the longest that the config admits."""
+    cuda; `lengths`: of prompts and completions, by default the longest that the config admits; `ranks`: how many share
+    the step's prompts."""
+    config = replace(config, prompts_per_step=-(-config.prompts_per_step // ranks))
     lengths = lengths or Lengths(config.max_prompt_tokens, config.max_completion_tokens)
     batches = batches_of(config, shapes, lengths, micro_batch)
     always = standing(config, shapes, half, kind, batches)
@@ -58,14 +64,16 @@ def plan(
         batch = max(batches, key=lambda b: b.tokens)
         passing = {"activations": passing_bytes(shapes, half, batch.tokens)}
         moments["the reference's pass"] = added(always, passing, head(config, shapes, half, batch, False))
-    return Plan(moments)
+    return Plan(of_a_rank(config, shapes, moments, ranks))
 
 
 def fitted(config: GRPOConfig, source: Source | None) -> Fit[GRPOConfig]:
     """What a run of this configuration will do on this machine, with its forecast."""
 
-    def of_size(config: GRPOConfig, shapes: Shapes, half: bool, kind: str, micro_batch: int | Tokens) -> Plan:
-        return plan(config, shapes, half, kind, None, micro_batch)
+    def of_size(
+        config: GRPOConfig, shapes: Shapes, half: bool, kind: str, micro_batch: int | Tokens, ranks: int
+    ) -> Plan:
+        return plan(config, shapes, half, kind, None, micro_batch, ranks)
 
     return fit_here(config, source, of_size)
 

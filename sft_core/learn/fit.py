@@ -4,7 +4,7 @@ checkpointing, and on a GPU AdamW's moments in main memory. What is chosen chang
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,51 +41,67 @@ class Fit(Generic[Config]):
 
 
 # Of a configuration's step with such micro-batches: shapes, whether under autocast, and the device's type follow.
-PlanOf = Callable[[Config, Shapes, bool, str, int | Tokens], Plan]
+# So does how many ranks there are.
+PlanOf = Callable[[Config, Shapes, bool, str, int | Tokens, int], Plan]
 
 
 def fitted(config: Config, source: Source | None, plan_of: PlanOf[Config]) -> Fit[Config]:
     """What the run will do on this machine. For a model that cannot be forecast, the largest micro-batch, which is
     halved where it is too large."""
+    device = pick_device(config.device)
+    limit = min(ranks.gathered(memory_for(config, device), "memory"))
     try:
-        device = pick_device(config.device)
         half = pick_precision(config.precision, device).autocast_dtype is not None
         shapes = shapes_of(config, source)
         return fit(
             config,
             device.type,
-            memory_for(config, device),
-            lambda *given: plan_of(given[0], shapes, half, device.type, given[1]),
+            limit,
+            lambda *given: plan_of(given[0], shapes, half, device.type, given[1], ranks.count()),
+            ranks.count(),
         )
     except Exception as error:  # whatever a model of another kind lacks
         line = f"memory: no forecast for this model ({type(error).__name__}: {str(error)[:100]})"
         return Fit(config, config.micro_batch or LARGEST, line, None)
 
 
-def fit(config: Config, kind: str, limit: float, plan_of: Callable[[Config, int | Tokens], Plan]) -> Fit[Config]:
+def fit(
+    config: Config, kind: str, limit: float, plan_of: Callable[[Config, int | Tokens], Plan], count: int = 1
+) -> Fit[Config]:
     """What is asked for; under --micro_batch auto the first choice, of those that are fast the first, whose forecast
-    fills no more than SHARE of `limit` bytes; where none does, the first that needs the least. `kind`: cpu or cuda."""
-    if config.micro_batch:
+    fills no more than SHARE of `limit` bytes; where none does, the first that needs the least. `kind`: cpu or cuda;
+    `count`: of ranks."""
+    each = f", on each of {count} ranks" if count > 1 else ""
+    parallel = (
+        [{"parallel": "fsdp"}] if count > 1 and config.parallel == "auto" and not config.offload_optimizer else []
+    )
+    if config.micro_batch and not parallel:
         plan = plan_of(config, config.micro_batch)
-        return Fit(config, config.micro_batch, plan.line(), plan)
-    ways: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
-    if kind == "cuda" and not config.offload_optimizer:
-        ways += [{**changes, "offload_optimizer": "cpu"} for changes in ways]
-    sizes = [2**k for k in range(LARGEST.count.bit_length() - 1, SMALLEST.bit_length() - 2, -1)]
-    choices = [
-        (replace(config, **changes), Tokens(size))
-        for changes in ways
-        for size in sizes
-        if size >= WORTH_IT or changes is ways[-1]
-    ]
+        return Fit(config, config.micro_batch, f"{plan.line()}{each}", plan)
+    choices = list(_choices(config, kind, parallel))
     plans = [plan_of(*choice) for choice in choices]
     least = min(plan.peak for plan in plans)
     first = next(i for i, plan in enumerate(plans) if plan.peak <= max(SHARE * limit, least))
     (changed, size), plan = choices[first], plans[first]
     added = "".join(f", --{name} {value}" for name, value in _changes(config, changed))
     enough = "" if plan.peak <= SHARE * limit else ", which may not be enough"
-    told = f"{plan.line()}; with {limit / GB:.1f} GB{enough}: micro-batches of {size_text(size)}{added}"
+    told = f"{plan.line()}{each}; with {limit / GB:.1f} GB{enough}: micro-batches of {size_text(size)}{added}"
     return Fit(changed, size, told, plan)
+
+
+def _choices(config: Config, kind: str, parallel: Sequence[dict[str, Any]]) -> Iterator[tuple[Config, int | Tokens]]:
+    """From fast to slow. `parallel`: what else could be changed where there are several ranks."""
+    if config.micro_batch:
+        yield from ((replace(config, **changes), config.micro_batch) for changes in ({}, *parallel))
+        return
+    ways: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+    moments = kind == "cuda" and not config.offload_optimizer and config.parallel != "fsdp"
+    elsewhere = [{**changes, "offload_optimizer": "cpu"} for changes in ways if moments]
+    ways += [{**changes, **more} for more in parallel for changes in ways] + elsewhere
+    for changes in ways:
+        for k in range(LARGEST.count.bit_length() - 1, SMALLEST.bit_length() - 2, -1):
+            if 2**k >= WORTH_IT or changes is ways[-1]:
+                yield replace(config, **changes), Tokens(2**k)
 
 
 def _changes(before: Config, after: Config) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ moment of a step, and the peak is the largest moment, not the sum of all items.
     activations             what a forward pass keeps for the backward pass (`kept_bytes`)
     logits                  of a chunk of tokens, with its log-softmax, entropy and gradients
     head and embedding      their half-precision cast, and gradients that are not yet added up
+    gathered                under --parallel fsdp, of which the others are parts (`of_a_rank`)
     kept when freed         on a CPU under --keep_freed_memory, an allowance (`kept_when_freed`). Always
 """
 
@@ -33,6 +34,7 @@ PACKED = 0.5 + 0.016  # of one in NF4, with its share of the block's constants (
 PROCESS = {"cpu": 0.42 * GB, "cuda": 0.5 * GB}
 
 Items = dict[str, float]  # bytes by name
+IN_PARTS = ("weights", "AdamW", "gradients", "reference")  # of which a rank keeps a part under --parallel fsdp
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Settings(Protocol):
     def keep_freed_memory(self) -> bool: ...
     @property
     def offload_optimizer(self) -> str: ...
+    @property
+    def parallel(self) -> str: ...
 
 
 def micro_batches(rows: int, group: int, lengths: Lengths, shared: bool, micro_batch: int | Tokens) -> list[Batch]:
@@ -145,6 +149,27 @@ def learner_moments(
         "the embedding's gradient": added(always, gradients, _embedding(shapes, several)),
         "the update": added(always, _update(shapes, moments_are_elsewhere(config, kind))),
     }
+
+
+def of_a_rank(config: Settings, shapes: Shapes, moments: dict[str, Items], count: int) -> dict[str, Items]:
+    """The moments of one of `count` ranks, from those of a process that has its rows. Under --parallel fsdp it keeps a
+    part of what lasts (sft_core.learn.shards), and gathers: in a pass two layers, of which one is ahead, and what is
+    around the layers, with their gradients; while sampling all weights. It begins with all weights, too."""
+    if config.parallel != "fsdp" or count == 1:
+        return moments
+    found: dict[str, Items] = {}
+    around = shapes.base - shapes.layers * shapes.layer
+    trained = around + shapes.layer if shapes.embedding_trained else 0
+    for name, items in moments.items():
+        weights, twin = items["weights"], items.get("half-precision twin")
+        in_pass = weights * (around + 2 * shapes.layer) / shapes.base
+        gathered = {"gathered": 0.0 if name == "the update" else in_pass + SINGLE * trained * ("backward" in name)}
+        if twin is not None:
+            rest = weights if shapes.adapter or not twin else SINGLE * (shapes.base - shapes.matrices)
+            gathered = {"gathered": rest}
+        found[name] = {item: size / count if item in IN_PARTS else size for item, size in items.items()} | gathered
+        start = {"process": items["process"], "weights": weights}
+    return {"the start": start, **found}
 
 
 def standing(config: Settings, shapes: Shapes, half: bool, kind: str, batches: list[Batch]) -> Items:

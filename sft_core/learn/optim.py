@@ -19,7 +19,7 @@ from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
 from sft_core.learn.rows import LARGEST, Rows, Tokens
-from sft_core.learn.shards import is_shared, whole
+from sft_core.learn.shards import is_shared, sums_of_means, whole
 from sft_core.model.policy import Policy
 
 Learned = TypeVar("Learned")
@@ -74,8 +74,8 @@ class Optimizer(Recovery, Saved):
         torchrun each rank does so on its part of them, and the gradients are added up."""
         self.learned = (rows, learn)
         learned = self._until_it_fits(lambda: self._pass(rows, learn), rows)
-        if not self.shared:
-            ranks.add_up_gradients(self.parameters)
+        add_up = sums_of_means if self.shared else ranks.add_up_gradients
+        add_up(self.parameters)
         self.loss = ranks.whole(self.loss, "loss")
         return [each for part in ranks.gathered(learned, "what was learned") for each in part]
 
@@ -92,8 +92,6 @@ class Optimizer(Recovery, Saved):
         if not self.counts:
             loss = loss * 0
         self.loss = self.loss.to(loss.device) + loss.detach()
-        if self.shared:
-            loss = loss * ranks.world()  # of gradients that are shared out FSDP takes the mean
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:

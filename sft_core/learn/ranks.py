@@ -23,6 +23,7 @@ from sft_core.errors import Refused
 
 T = TypeVar("T")
 
+PATIENCE = 1.0  # seconds in which other ranks, too, find that one is lost
 BUCKET = 2**24  # numbers that are added up at a time: 64 MB of float32
 
 
@@ -34,7 +35,7 @@ class Place:
     """This process among the others; `sft_core.run.joined` sets it."""
 
     rank, world, beside = 0, 1, 1  # `beside`: how many share this machine
-    alone = False
+    alone = False  # whether each does all of the work
     store: Any = None
     hosts = False  # whether the store is in this process
     calls, waited = 0, 0.0  # of collectives; seconds within them
@@ -45,7 +46,12 @@ here = Place()
 
 def world() -> int:
     """How many ranks share the work."""
-    return 1 if here.alone else here.world
+    return 1 if here.alone else count()
+
+
+def count() -> int:
+    """How many ranks there are, before they meet, too."""
+    return here.world
 
 
 def rank() -> int:
@@ -163,7 +169,10 @@ def at_once(phase: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise Lost(_who_is_missing(phase, time.perf_counter() - start, error)) from error
+        seconds = time.perf_counter() - start
+        _come_to(phase)  # as all do who have met an error here, and are not the one that is lost
+        time.sleep(PATIENCE)
+        raise Lost(_who_is_missing(phase, seconds, error)) from error
 
 
 def waited() -> float:

@@ -7,7 +7,7 @@ gathered into a plain copy of the model. What gathers is called by all ranks at 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -62,6 +62,14 @@ def in_one_pass(model: Any, compute: Callable[[], T]) -> T:
     if not torch.is_grad_enabled():
         model.reshard()  # what a backward pass would do
     return computed
+
+
+def sums_of_means(parameters: Iterable[Parameter]) -> None:
+    """Make the means over ranks that FSDP's backward passes leave as gradients sums. (Losses that are larger by the
+    number of ranks would do so, too, and overflow earlier in half precision.)"""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad *= ranks.world()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def meet(patience_s: float) -> None:
         world_size=here.world,
         timeout=timedelta(seconds=patience_s),
     )
+    here.alone = False
     gathered(None, "start")
 
 
@@ -74,7 +75,7 @@ def _open_store() -> None:
     given = os.environ
     here.rank, here.world = int(given["RANK"]), int(given["WORLD_SIZE"])
     here.beside = int(given.get("LOCAL_WORLD_SIZE", here.world))
-    here.calls = 0
+    here.calls, here.alone = 0, True  # until they meet
     theirs = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which outlives each rank
     where = (given["MASTER_ADDR"], int(given["MASTER_PORT"]))
     here.hosts = first() and not theirs
@@ -92,7 +93,7 @@ def _leave() -> None:
         while here.hosts and left < here.world and time.monotonic() < end:
             time.sleep(0.01)
             left = here.store.add("left", 0)
-    here.rank, here.world, here.beside, here.store = 0, 1, 1, None
+    here.rank, here.world, here.beside, here.store, here.alone = 0, 1, 1, None, False
 
 
 class _Held(io.StringIO):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tests.bugs.mutation import Mutation
 
-EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does"
+EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does[ddp-2]"
+IN_PARTS = "tests/test_ranks.py::test_ranks_do_what_one_process_does[fsdp-2]"
+PARTS = "tests/test_ranks_in_parts.py::"
 RUNS, APART = "tests/test_ranks_runs.py::", "tests/test_ranks_apart.py::"
 
 BUGS = [
@@ -32,7 +34,9 @@ BUGS = [
         "local token counts",
         "grpo_core/step.py",
         "    weight_NT = token_weights(mask_NT, aggregation, config.max_completion_tokens)\n",
-        """    own = rows.part(ranks.rank(), ranks.world())
+        """    from sft_core.learn import ranks
+
+    own = rows.part(ranks.rank(), ranks.world())
     mine_NT = torch.zeros_like(mask_NT)
     mine_NT[own.start : own.stop] = mask_NT[own.start : own.stop]
     weight_NT = token_weights(mine_NT, aggregation, config.max_completion_tokens)
@@ -44,10 +48,10 @@ BUGS = [
         36,
         "a mean of rank means",
         "sft_core/train.py",
-        """    return -sum(ranks.gathered(total, "held-out loss")) / float(rows.completion_len_N.sum())
+        """    return -sum(ranks.gathered(sum(totals), "held-out loss")) / float(rows.completion_len_N.sum())
 """,
         """    own = rows.part(ranks.rank(), ranks.world())
-    mean = total / float(rows.completion_len_N[own.start : own.stop].sum())
+    mean = sum(totals) / float(rows.completion_len_N[own.start : own.stop].sum())
     return -sum(ranks.gathered(mean, "held-out loss")) / ranks.world()
 """,
         "Ranks hold unlike numbers of tokens, so the mean of their means is not the mean.",
@@ -68,7 +72,9 @@ BUGS = [
         "the spread of each rank's own groups",
         "grpo_core/step.py",
         "        return group_advantages(rollout.reward_BG, config.scale_rewards)\n",
-        """        own = ranks.share(len(rollout.reward_BG))
+        """        from sft_core.learn import ranks
+
+        own = ranks.share(len(rollout.reward_BG))
         mine = group_advantages(rollout.reward_BG[own.start : own.stop], config.scale_rewards)
         return torch.cat(ranks.gathered(mine, "advantages"))
 """,
@@ -103,7 +109,7 @@ BUGS = [
         36,
         "log-probabilities of rank 0's rows",
         "grpo_core/step.py",
-        'ranks.whole(old_logp_NT, "old log-probabilities")',
+        'rows.gathered(old_logp_NT, "old log-probabilities")',
         "old_logp_NT",
         "The rows of other ranks are zeros there, which looks like a sampler that has gone mad.",
         (EQUAL,),
@@ -123,9 +129,9 @@ BUGS = [
         36,
         "rows at fault are looked for on each rank",
         "sft_core/learn/recovery.py",
-        """        return [row for part in ranks.gathered(found, "rows at fault") for row in part]
+        """            return [row for part in ranks.gathered(found, "rows at fault") for row in part]
 """,
-        "        return found\n",
+        "            return found\n",
         "The row that cannot be learned is another rank's, and the log, which rank 0 writes, does not name it.",
         (f"{APART}test_a_row_that_is_not_finite_on_one_rank_is_skipped_and_named_by_all",),
     ),
@@ -156,5 +162,62 @@ BUGS = [
         "A rank on whose machine a shortcut fails tries one way more than the others, which wait for ever; and each "
         "draws a part only of the few probes.",
         (f"{APART}test_what_is_tried_at_loading_waits_for_no_other_rank",),
+    ),
+    Mutation(
+        36,
+        "a checkpoint of one shard",
+        "sft_core/learn/shards.py",
+        "    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor\n",
+        "    return tensor.to_local() if isinstance(tensor, DTensor) else tensor\n",
+        "Each matrix is saved as the rows that rank 0 holds; what reads it finds other shapes.",
+        (f"{PARTS}test_a_policy_in_parts_is_put_together_again_and_takes_other_weights",),
+        hangs_after=60.0,
+    ),
+    Mutation(
+        36,
+        "weights in parts, and the mean of the gradients",
+        "sft_core/learn/shards.py",
+        "            parameter.grad *= ranks.world()\n",
+        "            pass\n",
+        "FSDP averages over ranks what has been divided by all ranks' tokens before.",
+        (IN_PARTS,),
+    ),
+    Mutation(
+        36,
+        "the norm of one rank's part",
+        "sft_core/learn/optim.py",
+        "whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)).item()",
+        "whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)).item() / ranks.world() ** 0.5",
+        "The root of one part's squares, where other ranks have the other parts: clipping comes too late.",
+        (IN_PARTS,),
+    ),
+    Mutation(
+        36,
+        "a rank with fewer micro-batches gathers fewer weights",
+        "sft_core/learn/rows.py",
+        "range(most - len(mine) if at_once else 0)",
+        "range(0)",
+        "The others wait for it in the middle of a pass, or take the weights that it gathers next for these.",
+        (IN_PARTS,),
+        hangs_after=60.0,
+    ),
+    Mutation(
+        36,
+        "a micro-batch that is passed again counts again",
+        "sft_core/learn/optim.py",
+        "            loss = loss * 0\n",
+        "            pass\n",
+        "The last rows of a rank that has fewer micro-batches have twice their weight in the gradient.",
+        (IN_PARTS,),
+    ),
+    Mutation(
+        36,
+        "one rank saves what all hold",
+        "sft_core/run/progress.py",
+        "if self.at_rest and not (self.ending or self.shared):",
+        "if self.at_rest and not self.ending:",
+        "A rank that gets a signal gathers weights to save them, and the others give it those of another layer.",
+        (f"{PARTS}test_after_a_signal_to_one_rank_all_complete_the_step_and_save_it",),
+        hangs_after=60.0,
     ),
 ]
