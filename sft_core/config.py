@@ -148,12 +148,9 @@ class OptimConfig:
         require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "1 or more")
         require(not self.memory or bool(size_of(self.memory)), "memory", self.memory, "a size such as 15GiB or 800MB")
         require(not (self.memory and self.micro_batch), "memory", self.memory, "only together with --micro_batch auto")
-        require(
-            self.parallel != "fsdp" or not self.offload_optimizer,
-            "offload_optimizer",
-            self.offload_optimizer,
-            "--parallel ddp beside it: fsdp has moments in parts",
-        )
+        for name in ("offload_optimizer", "use_4bit"):
+            beside = self.parallel == "fsdp" and getattr(self, name)
+            require(not beside, "parallel", self.parallel, f"ddp or auto beside --{name}")
         require(
             self.offload_optimizer in ("", "cpu") or Path(self.offload_optimizer).is_dir(),
             "offload_optimizer",

@@ -73,7 +73,9 @@ def fit(
     `count`: of ranks."""
     each = f", on each of {count} ranks" if count > 1 else ""
     parallel = (
-        [{"parallel": "fsdp"}] if count > 1 and config.parallel == "auto" and not config.offload_optimizer else []
+        [{"parallel": "fsdp"}]
+        if count > 1 and config.parallel == "auto" and not (config.offload_optimizer or config.use_4bit)
+        else []
     )
     if config.micro_batch and not parallel:
         plan = plan_of(config, config.micro_batch)
