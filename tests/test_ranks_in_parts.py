@@ -6,9 +6,10 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from torch.distributed.tensor import DTensor
 import grpo_core.step
 import sft_core.run.progress
 import sft_core.train
+from benchmarks.families.build import small_config, small_model
 from grpo_core.step import grpo_step
 from sft_core.learn import ranks
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.learn.shards import in_parts, load_weights, whole, whole_policy
-from sft_core.model.policy import Policy
+from sft_core.model.policy import Policy, without_dropout
 from sft_core.run.checkpoint import checkpoints
 from sft_core.run.progress import Progress
 from tests.faulty import FORKS, SFT, command, dies, on_call, sends
@@ -105,22 +107,40 @@ def test_a_policy_in_parts_is_put_together_again_and_takes_other_weights(lora: b
     in_ranks(2, check, tmp_path)
 
 
+def gradients(policy: Policy, parallel: str) -> dict[str, Tensor]:
+    policy = in_parts(policy, grpo_config(parallel=parallel))
+    policy.model.train()
+    optimizer = Optimizer(policy, grpo_config(micro_batch=2), 10)
+    optimizer.accumulate(ROWS, learning(policy, optimizer))
+    return {name: whole(p.grad).clone() for name, p in policy.trainable() if p.grad is not None}
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
-    def gradients(parallel: str, checkpointing: bool) -> dict[str, torch.Tensor]:
+    def check() -> None:
+        plain = gradients(tiny_policy(dtype=torch.float64), "ddp")
         policy = tiny_policy(dtype=torch.float64)
-        if checkpointing:
-            checkpoint_activations(policy)
-        policy = in_parts(policy, grpo_config(parallel=parallel))
-        policy.model.train()
-        optimizer = Optimizer(policy, grpo_config(micro_batch=2), 10)
-        optimizer.accumulate(ROWS, learning(policy, optimizer))
-        return {name: whole(cast(Tensor, p.grad)).clone() for name, p in policy.trainable()}
+        checkpoint_activations(policy)
+        found = gradients(policy, "fsdp")
+        assert found.keys() == plain.keys()
+        assert all(torch.allclose(found[name], its, rtol=0, atol=1e-12) for name, its in plain.items())
+
+    in_ranks(2, check, tmp_path)
+
+
+def test_families_whose_layers_share_weights_or_lie_in_one_another(tmp_path: Path) -> None:
+    def policy_of(family: str) -> Policy:
+        tokenizer = tiny_policy().tokenizer
+        ids = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model = small_model(small_config(family, len(tokenizer), ids))
+        without_dropout(model)
+        return replace(tiny_policy(), model=model, layout="rows", split_head=family != "bert")
 
     def check() -> None:
-        plain = gradients("ddp", False)
-        for checkpointing in (False, True):
-            found = gradients("fsdp", checkpointing)
-            assert all(torch.allclose(found[name], its, rtol=0, atol=1e-12) for name, its in plain.items())
+        for family in ("zamba2", "bert", "mbart", "gpt2"):
+            plain, found = gradients(policy_of(family), "ddp"), gradients(policy_of(family), "fsdp")
+            assert found.keys() == plain.keys()
+            largest = max(float(its.abs().max()) for its in plain.values())
+            assert all((found[name] - its).abs().max() < 1e-5 * largest for name, its in plain.items()), family
 
     in_ranks(2, check, tmp_path)
 

@@ -7,6 +7,8 @@ gathered into a plain copy of the model. What gathers is called by all ranks at 
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,9 @@ from sft_core.model.policy import Policy
 
 T = TypeVar("T")
 
+# Of models that return a part of their logits; what a model returns is not changed in place here.
+VIEWS = "FSDP2-wrapped module .* returned a view tensor"
+
 
 def in_parts(policy: Policy, config: OptimConfig) -> Policy:
     """The policy, under --parallel fsdp with this rank's part of the weights alone. Its model is changed in place."""
@@ -41,8 +46,11 @@ def share_out(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     names = without_adapter(model)._no_split_modules or []
-    for layer in [module for module in model.modules() if type(module).__name__ in names]:
-        fully_shard(layer)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for module in reversed(list(model.modules())):  # the inner ones first
+        # Weights that several layers use, or an embedding that is the head, too, stay with those around the layers.
+        if type(module).__name__ in names and all(uses[id(p)] == 1 for p in module.parameters()):
+            fully_shard(module)
     fully_shard(model)
     model.computing = MethodType(lambda model, compute: compute(), model)
     register_fsdp_forward_method(model, "computing")
@@ -58,7 +66,9 @@ def in_one_pass(model: Any, compute: Callable[[], T]) -> T:
     none of the model's own."""
     if not is_shared(model):
         return compute()
-    computed: T = model.computing(compute)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", VIEWS)
+        computed: T = model.computing(compute)
     if not torch.is_grad_enabled():
         model.reshard()  # what a backward pass would do
     return computed
