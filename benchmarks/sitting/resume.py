@@ -2,7 +2,8 @@
 
     python -m benchmarks.sitting.resume FOLDER [flags of grpo_core.train]
 
-The kill comes when the first checkpoint is there, while the next step is at work. Exit code 1 where they differ.
+The kill comes when the first checkpoint is there, while the next step is at work. Both ways: under --deterministic,
+where exit code 1 says that they differ, and without, to see what the flag costs and whether it is needed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,9 @@ def killed(run: Path, flags: Sequence[str]) -> None:
         raise SystemExit(f"the run was to be killed, but ended with exit code {process.returncode}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path)
-    given, flags = parser.parse_known_args()
-    shutil.rmtree(given.folder, ignore_errors=True)
-    whole, parts = given.folder / "undisturbed", given.folder / "killed"
+def compared(folder: Path, flags: Sequence[str]) -> tuple[list[str], str]:
+    """Both runs: what tells them apart, and this in words, with the number of unlike losses and the seconds a step."""
+    whole, parts = folder / "undisturbed", folder / "killed"
     subprocess.run(command(whole, flags), check=True)
     killed(parts, flags)
     subprocess.run([*command(parts, flags), "--resume"], check=True)
@@ -54,7 +52,17 @@ def main() -> int:
     seconds = statistics.median(line["time_per_step_s"] for line in steps)
     outcome = f"differs: {', '.join(found)}" if found else "equal to the bit"
     moved = len({line["grpo_loss"] for line in steps})
-    print(f"figure: {outcome}; {moved} losses in {STEPS} steps, {seconds:.3f} s each")
+    return found, f"{outcome}, {moved} losses in {STEPS} steps, {seconds:.3f} s each"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    given, flags = parser.parse_known_args()
+    shutil.rmtree(given.folder, ignore_errors=True)
+    found, told = compared(given.folder / "deterministic", ["--deterministic", *flags])
+    _, plain = compared(given.folder / "plain", flags)  # nothing is promised of these on a GPU
+    print(f"figure: --deterministic: {told}; without: {plain}")
     return 1 if found else 0
 
 
