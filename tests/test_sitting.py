@@ -73,10 +73,10 @@ def test_the_other_commands_of_a_part_run_although_one_fails(tmp_path: Path) -> 
 
 
 def test_a_part_whose_time_is_up_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, fifo = tmp_path / "lock", tmp_path / "fifo"
+    lock, fifo, outlived = tmp_path / "lock", tmp_path / "fifo", tmp_path / "outlived"
     os.mkfifo(fifo)
     grandchild = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-    grandchild += f"open({str(fifo)!r}, 'w').write('locked'); time.sleep(3600)"
+    grandchild += f"open({str(fifo)!r}, 'w').write('locked'); time.sleep(30); open({str(outlived)!r}, 'w')"
     child = (
         f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {grandchild!r}])"
     )
@@ -93,7 +93,8 @@ def test_a_part_whose_time_is_up_leaves_no_process_behind(tmp_path: Path, monkey
     monkeypatch.setattr(record.subprocess, "Popen", Waiting)  # type: ignore[attr-defined]
     assert run([sys.executable, "-c", child], 5.0, {}) == (None, "begun\n")
     with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: its holder is no more
+        fcntl.flock(file, fcntl.LOCK_EX)  # free as soon as its holder is no more
+    assert not outlived.exists()
 
 
 def test_no_part_begins_when_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
