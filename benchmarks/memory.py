@@ -28,3 +28,12 @@ def peak_bytes(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def outside_bytes(device: torch.device) -> int:
+    """Of a GPU's memory in use, what torch's allocator does not hold: the context and kernels of this process, if no
+    other has the GPU. 0 on a CPU, where the peak is the whole process's."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)

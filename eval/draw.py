@@ -74,10 +74,24 @@ def token_at(weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
 def _fall(weight_NK: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
     """Where a uniform number falls: on weight k, never one that is 0; and how far into it, which is uniform again.
     In float64 no word is too unlikely to be told from nothing."""
-    end_NK = weight_NK.to(uniform_N1.dtype).cumsum(dim=1)
+    end_NK = running_sums(weight_NK.to(uniform_N1.dtype))
     total_N1 = end_NK[:, -1:]
     at_N1 = torch.minimum(uniform_N1 * total_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
     k_N1 = torch.searchsorted(end_NK, at_N1, right=True).clamp(max=end_NK.shape[1] - 1)  # NaN falls behind the last
     weight_N1 = weight_NK.gather(1, k_N1).to(uniform_N1.dtype)
     before_N1 = end_NK.gather(1, k_N1) - weight_N1
     return k_N1, ((at_N1 - before_N1) / weight_N1).clamp(0, 1)
+
+
+def running_sums(weight_NK: Tensor) -> Tensor:
+    """(N, K): of each row's weights up to and with the kth. Under --deterministic CUDA's `cumsum` refuses to work."""
+    if weight_NK.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return by_triangle(weight_NK)
+    return weight_NK.cumsum(dim=1)
+
+
+def by_triangle(weight_NK: Tensor) -> Tensor:
+    """The same as a product. A sum never falls from one k to the next: all columns are added up in one order, in which
+    a 0 becomes a weight."""
+    K = weight_NK.shape[1]
+    return weight_NK @ torch.ones(K, K, dtype=weight_NK.dtype, device=weight_NK.device).triu()

@@ -234,6 +234,12 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             "more than 0: greedy answers of a group are all the same",
         )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        require(
+            self.top_p == 1 or not self.deterministic or self.device == "cpu",
+            "top_p",
+            self.top_p,
+            "1 under --deterministic, unless --device is cpu: on CUDA no running sum of floats is deterministic",
+        )
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
         for name in ("top_k", "dynamic_sampling", "show_every", "eval_samples"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

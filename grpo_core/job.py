@@ -19,6 +19,7 @@ from sft_core.learn.rows import Tokens
 from sft_core.model.policy import load_policy, load_tokenizer
 from sft_core.model.source import Source, check_context, find_source
 from sft_core.run.hub import check_run_push
+from sft_core.run.randomness import deterministic
 from sft_core.text.prompts import drop_long_prompts
 from sft_core.text.tasks import Task, load_task
 
@@ -41,6 +42,7 @@ class GRPOJob:
     def learner(self, source: Source, more: Draw, micro_batch: int | Tokens) -> Learner:
         """Seed, load the policy, and copy the reference from it. `more` draws further prompts."""
         config = self.config
+        deterministic(config.deterministic)
         set_seed(config.seed)
         policy, reference = policy_and_reference(trusted(load_policy(config, source)), config)
         optimizer = Optimizer(policy, config, self.steps * config.mu, micro_batch)

@@ -38,7 +38,7 @@ def tiny_sft_folder(config: GRPOConfig) -> Path:
     """The folder of that run, next to the GRPO run."""
     # A changed setting or a changed line of sft_core makes another start.
     sources = b"".join(path.read_bytes() for path in sorted(Path(sft_core.__file__).parent.rglob("*.py")))
-    settings = as_yaml(replace(_settings(config), progress=True)).encode()
+    settings = as_yaml(replace(_settings(config), progress=True, deterministic=False)).encode()
     runs = Path(config.output_dir).parent if config.output_dir else Path("runs")
     return runs / f"tiny-sft-{hashlib.sha256(settings + sources).hexdigest()[:8]}"
 
@@ -56,6 +56,7 @@ def _settings(config: GRPOConfig) -> SFTConfig:
         "eval_problems",
         "seed",
         "device",
+        "deterministic",
         "progress",
     )
     return replace(sft, **{name: getattr(config, name) for name in same})

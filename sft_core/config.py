@@ -133,6 +133,9 @@ class OptimConfig:
         "", "where AdamW's moments are kept between steps: cpu (for CUDA), or a folder for memory-mapped files"
     )
     seed: int = flag(42, "random seed of weights, data order and sampling")
+    deterministic: bool = flag(
+        False, "CUDA: only kernels that give the same bits every time, some of them slower (a CPU's always do)"
+    )
 
     def check(self) -> None:
         require(self.lr > 0, "lr", self.lr, "more than 0")
@@ -178,6 +181,7 @@ FREE_ON_RESUME = (
         "keep_freed_memory",
         "reward_timeout",
         "eval_batch_size",
+        "deterministic",
     ),
     "eval_samples",
     *("device", "precision"),  # where the arithmetic that `auto` finds is another, `Progress` refuses

@@ -27,7 +27,7 @@ GROUPS = {
     "kl_correction ref_sync_every ref_sync_mix mask_truncated top_entropy entropy_coef off_policy_threshold "
     "shuffle_rewards",
     "optimizer": "lr max_steps epochs batch_size | lr_schedule warmup_ratio adam_beta1 adam_beta2 adam_epsilon "
-    "weight_decay max_grad_norm max_skipped seed",
+    "weight_decay max_grad_norm max_skipped seed deterministic",
     "memory and speed": "micro_batch gradient_checkpointing | memory parallel offload_optimizer use_4bit "
     "eval_batch_size share_prompts logit_chunk rows_leave half_copies keep_freed_memory",
     "run folder": "output output_dir append_to zip resume dry_run | push_to_hub private overwrite log_every eval_every "

@@ -30,6 +30,7 @@ SAME: dict[str, Same] = {
     "use_peft": Same("lora"),
     "lora_target_modules": Same("lora_targets", "default there: PEFT's choice by model type"),
     "use_cpu": Same("device", "", {"true": "device=cpu", "false": "device=auto"}, True),
+    "full_determinism": Same("deterministic"),
     "num_generations": Same("group_size"),
     "max_completion_length": Same("max_completion_tokens", "default there: 512"),
     "dataset_name": Same("task", "files and folders, too; see `--question_column`, `--answer_column`"),

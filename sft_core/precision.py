@@ -65,12 +65,21 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 
 def _best(device: torch.device) -> str:
     if device.type == "cuda":
-        # Compute capability, not torch.cuda.is_bf16_supported(): that says yes on a T4 (7.5), which only emulates bf16
-        # and is several times slower in it than in fp16.
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "bf16" if has_ampere_units(device) else "fp16"
     if device.type == "cpu" and cpu_capabilities().get("avx512_bf16", False):
         return "bf16"
     return "float32"
+
+
+def has_ampere_units(device: torch.device) -> bool:
+    """Whether this CUDA GPU multiplies bf16 matrices itself and runs flash attention: both came with compute capability
+    8.0. What lacks them (a T4 has 7.5) computes bf16 by emulation, and attends with a mask or by its memory-efficient
+    kernel alone (docs/t4-memory.md).
+
+    The capability, not torch.cuda.is_bf16_supported(): that says yes on a T4, for it tries to make a bf16 tensor. With
+    including_emulation=False it asks for the same capability as here, but of the current device only.
+    """
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_capabilities() -> dict[str, Any]:

@@ -39,6 +39,7 @@ from sft_core.run.hub import push_run
 from sft_core.run.joined import joined, meet
 from sft_core.run.plan_lines import UNTOUCHED
 from sft_core.run.progress import Progress, weights_identity
+from sft_core.run.randomness import deterministic
 from sft_core.run.runlog import RunFolder
 from sft_core.text.arithmetic import with_slips
 from sft_core.text.example import Example
@@ -164,6 +165,7 @@ def begin(job: SFTJob) -> SFTRun | None:
     Raises:
         Refused: as `RunFolder`, `Optimizer` and `Progress`.
     """
+    deterministic(job.config.deterministic)
     set_seed(job.config.seed)
     folder = run_folder(job.config, "sft")
     with folder.closed_on_error():

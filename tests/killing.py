@@ -9,7 +9,6 @@ random time. `differences` then compares what is left with a run that nobody dis
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -19,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,6 +25,9 @@ from tqdm import tqdm
 
 import grpo_core.train
 import sft_core.train
+from benchmarks.sitting.equal import is_a_time as is_a_time
+from benchmarks.sitting.equal import log as log
+from benchmarks.sitting.equal import unequal_files
 
 Program = Callable[[Sequence[str]], None]
 
@@ -100,33 +101,8 @@ def run_killed(
 
 def differences(undisturbed: Path, other: Path) -> list[str]:
     """What tells two run folders apart, times aside; nothing where the runs are one and the same to the bit."""
-    found = []
-    weights = sorted(path.relative_to(undisturbed) for path in (undisturbed / "final").glob("*.safetensors"))
-    logs = ["completions.jsonl", "tokens.jsonl"]
-    names = [*map(str, weights), *logs, *(f"heldout/{p.name}" for p in undisturbed.glob("heldout/*"))]
-    if not weights:
-        found.append("no final weights")
-    for name in names:
-        paths = (undisturbed / name, other / name)
-        if [path.read_bytes() if path.exists() else None for path in paths][0] != (
-            paths[1].read_bytes() if paths[1].exists() else None
-        ):
-            found.append(name)
-    if log(undisturbed) != log(other):
-        found.append("log.jsonl")
-    if shown(undisturbed) != shown(other):
-        found.append("tensorboard")
-    return found
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    """The log without its times."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not is_a_time(name)} for line in lines]
-
-
-def is_a_time(name: str) -> bool:
-    return name.endswith(("_s", "seconds", "timestamp_iso", "waiting_share"))
+    found = unequal_files(undisturbed, other)
+    return [*found, "tensorboard"] if shown(undisturbed) != shown(other) else found
 
 
 def shown(run: Path) -> dict[str, list[tuple[int, str]]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import yaml
 from transformers import GenerationConfig, Qwen2Config
 
@@ -25,6 +26,7 @@ from sft_core.job import SFTConfig
 from sft_core.learn.footprint import GB, Lengths
 from sft_core.model.source import Source
 from sft_core.names import REFUSED, SAME, SHARED, Same
+from tests.kernels import CALLS, Call, asked_for, kernel
 
 PROGRAMS = {SFTConfig: "SFT", GRPOConfig: "GRPO", EvalConfig: "evaluation", AskConfig: "asking", ExportConfig: "export"}
 
@@ -134,7 +136,38 @@ def recipes() -> str:
     return markdown(rows)
 
 
+def attention() -> str:
+    """Which kernel each of this project's calls gets, for head sizes that are multiples of 8, up to 256."""
+    at = {
+        "T4, fp16": ((7, 5), torch.float16),
+        "T4, bf16": ((7, 5), torch.bfloat16),
+        "T4, float32": ((7, 5), torch.float32),
+    }
+    at |= {"8.0 and later, half": ((8, 0), torch.bfloat16), "8.0 and later, float32": ((8, 0), torch.float32)}
+    rows = [["attention of", *at]]
+    rows += [[call, *(told(call, *where) for where in at.values())] for call in CALLS]
+    return markdown(rows)
+
+
+def told(call: Call, capability: tuple[int, int], dtype: torch.dtype) -> str:
+    masked, grouped = asked_for(call, capability, dtype)
+    how = f"{'mask' if masked else 'no mask'}{', shared keys' if grouped else ''}"
+    return f"{kernel(capability, dtype, 64, masked, grouped)} ({how})"
+
+
+def head_sizes() -> str:
+    """The kernel under a mask, by the size of a head."""
+    at = {"T4, fp16": ((7, 5), torch.float16), "T4, float32": ((7, 5), torch.float32)}
+    at |= {"8.0 and later, half": ((8, 0), torch.float16), "8.0 and later, float32": ((8, 0), torch.float32)}
+    sizes = {64: "64, 80, 128, 256 (multiples of 8)", 36: "36, 60 (of 4)", 33: "33"}
+    rows = [["head size", *at]]
+    rows += [[name, *(kernel(*where, size, True, False) for where in at.values())] for size, name in sizes.items()]
+    return markdown(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "head-sizes": head_sizes,
     "recipes": recipes,
     "settings": settings,
     "t4-items": t4_items,

@@ -124,6 +124,7 @@ OTHER_FLAGS = {
 OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
 OTHER_FLAGS |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun
 OTHER_FLAGS |= {"seeds", "logdir", "help"}  # benchmarks.plots, tensorboard, every program
+OTHER_FLAGS |= {"parts", "minutes"}  # benchmarks.sitting
 
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)

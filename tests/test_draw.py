@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from eval.draw import BLOCK, Draw, block_sums, token_at
+from eval import draw
+from eval.draw import BLOCK, Draw, block_sums, by_triangle, token_at
 
 NEXT_TO_ONE = 1 - 2**-53  # the largest number that torch.rand gives in float64
 
@@ -108,3 +109,32 @@ def test_a_row_that_nothing_can_be_drawn_for_ends_and_its_neighbour_draws_what_i
     draw = Draw(1.0, numbers, eos_id=7)
     assert draw(torch.zeros(2, 1), logits).argmax(dim=1).tolist() == [7, *alone.tolist()]
     assert draw.logp[0].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("words", [1, 5, BLOCK])
+def test_running_sums_by_a_product_are_those_of_cumsum_and_never_fall(words: int) -> None:
+    generator = torch.Generator().manual_seed(words)
+    weight_NK = torch.randn(64, words, dtype=torch.float64, generator=generator).mul(20).exp()  # e**-80 to e**80
+    weight_NK[:, ::3] = 0
+    found = by_triangle(weight_NK)
+    # Relative: each sum has at most BLOCK roundings of 2**-53.
+    torch.testing.assert_close(found, weight_NK.cumsum(dim=1), rtol=BLOCK * 2**-53, atol=0)
+    assert (found.diff(dim=1) >= 0).all() and (found.diff(dim=1)[:, 2::3] == 0).all()
+
+
+def test_a_product_takes_the_place_of_cumsum_only_where_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        """Stands for a tensor on a GPU, and says what is asked of it."""
+
+        device, shape, dtype = torch.device("cuda"), (2, 3), torch.float64
+
+        def cumsum(self, dim: int) -> str:
+            return "cumsum"
+
+    monkeypatch.setattr(draw, "by_triangle", lambda weight_NK: "product")
+    found = []
+    for enabled in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda enabled=enabled: enabled)
+        found.append(draw.running_sums(OnGPU()))  # type: ignore[arg-type]
+        assert torch.equal(draw.running_sums(torch.ones(1, 3)), torch.tensor([[1.0, 2.0, 3.0]]))
+    assert found == ["cumsum", "product"]

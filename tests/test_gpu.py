@@ -17,6 +17,7 @@ from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import load_policy
 from sft_core.model.tiny import build_tiny
 from tests.helpers import SHARED
+from tests.kernels import CALLS, asked_for, kernel, tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +98,21 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_continues(tmp_path: Pa
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert steps.learner.optimizer.micro_batch < 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [33, 36, 64, 80, 128, 256])
+def test_attention_gets_the_kernels_of_the_table(dtype: torch.dtype, size: int) -> None:
+    capability = torch.cuda.get_device_capability()
+    names = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN's"}
+    for call in CALLS:
+        masked, grouped = asked_for(call, capability, dtype)
+        tokens = 1 if call.startswith("the next token") else 24
+        given = tensors(size, dtype, masked, grouped, tokens)
+        causal = not masked and tokens > 1
+        found = names[torch._fused_sdp_choice(*given, is_causal=causal, enable_gqa=grouped)]
+        expected = kernel(capability, dtype, size, masked, grouped)
+        assert found == expected or (found == "cuDNN's" and capability[0] in (9, 10) and expected != "math"), call
 
 
 @pytest.mark.skipif(not QWEN.is_dir(), reason="needs the config and tokenizer of Qwen2.5-0.5B-Instruct")

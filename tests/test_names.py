@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, str, str]] = {
     "dataset_test_split": ("dev", "--eval_split dev", ""),
     "lora_target_modules": ("q_proj v_proj", "--lora_targets q_proj v_proj", ""),
     "use_cpu": ("True", "--device cpu", ""),
+    "full_determinism": ("True", "--deterministic", ""),
     "num_generations": ("4", "--group_size 4", ""),
     "max_completion_length": ("99", "--max_completion_tokens 99", ""),
     "reward_funcs": ("int_reward_func a:b", "--rewards int_reward_func a:b", ""),

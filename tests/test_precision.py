@@ -5,13 +5,16 @@ That log-softmax is float32 under autocast is in `test_logprobs`; what a skipped
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from grpo_core.metrics import Tally
 from grpo_core.step import grpo_step
+from sft_core.model import policy
+from sft_core.model.tiny import build_tiny
 from sft_core.precision import Precision, pick_device, pick_precision
 from tests.helpers import EXAMPLES, ends_often, grpo_config, learner, tiny_policy
 
@@ -35,6 +38,18 @@ def test_auto_picks_bf16_from_capability_8_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what a T4 says of itself
     assert pick_precision("auto", CUDA).name == expected
+
+
+@pytest.mark.parametrize("capability, notes", [((7, 5), 1), ((8, 0), 0)])
+def test_bf16_is_noted_where_a_gpu_only_emulates_it(
+    capability: tuple[int, int], notes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(policy, "pick_device", lambda name: CUDA)
+    config = grpo_config(model=str(build_tiny(tmp_path, seed=0)), precision="bf16")
+    with pytest.raises((RuntimeError, AssertionError)):  # there is no such device to put the weights on
+        policy.load_policy(config)
+    assert capsys.readouterr().err.count("note: this GPU only emulates bf16") == notes
 
 
 @pytest.mark.parametrize("has_bf16, expected", [(True, "bfloat16"), (False, "float32")])

@@ -21,6 +21,7 @@ from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, pack_rows
 from sft_core.model.policy import Policy
 from tests.helpers import PEFT_IS_BEHIND, adapted, checkpoint_activations, largest_difference, tiny_policy
+from tests.kernels import asked_for
 
 # The second layer's, shorter than rows.
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
@@ -182,3 +183,37 @@ def test_the_next_tokens_attention_repeats_no_keys_and_is_the_same(
     found, _ = sft_core.model.segments._attend(module, query, key, value, mask, **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert seen == [((3, 2, 3, 8), (3, 2, 40, 8))]
+
+
+@pytest.mark.parametrize(
+    "capability, half, plain", [((7, 5), True, False), ((8, 0), True, True), ((8, 0), False, False)]
+)
+def test_heads_share_keys_only_where_flash_attention_is(
+    capability: tuple[int, int], half: bool, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the table in docs/t4-memory.md says of the same call."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: half)
+    assert sft_core.model.segments._repeats_no_keys(torch.device("cuda")) is plain
+    dtype = torch.float16 if half else torch.float32
+    assert asked_for("a prompt with its completion, in the learner", capability, dtype) == (not plain, plain)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_prompt_gets_a_mask_where_no_kernel_shares_keys(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 9, 8, dtype=torch.float64, generator=generator) for heads in (6, 2, 2))
+    module, seen = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False), []
+
+    def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any) -> Any:
+        seen.append(mask)
+        return sdpa_attention_forward(module, query, key, value, mask, **given)
+
+    expected, _ = sdpa_attention_forward(module, query, key, value, None)
+    monkeypatch.setattr(sft_core.model.segments, "sdpa_attention_forward", watched)
+    monkeypatch.setattr(sft_core.model.segments, "_repeats_no_keys", lambda device: shares)
+    found, _ = sft_core.model.segments._attend(module, query, key, value, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert [mask is None for mask in seen] == [shares]
+    sft_core.model.segments._attend(module, query, key, value, None, is_causal=False)
+    assert seen[1] is None  # both ways: nothing is hidden

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import outside_bytes, peak_bytes
 from benchmarks.plan.question import question_of
 from benchmarks.workload import Steps, workload
 from grpo_core.config import GRPOConfig
@@ -54,7 +54,8 @@ def check(flags: Sequence[str], steps: int = STEPS) -> str:
     commands = "\n".join(f"- {name}: `{' '.join(case)}`" for name, case in CASES.items() if case)
     return "\n\n".join(
         [
-            f"{steps} steps of the qwen-0.5b workload a case, in a process of its own; peak: the resident set's.",
+            f"{steps} steps of the qwen-0.5b workload a case, in a process of its own; peak: the resident "
+            "set's, on CUDA the allocator's and the context.",
             as_line(about),
             markdown(memory),
             commands,
@@ -84,5 +85,6 @@ def _serve(connection: Connection, config: GRPOConfig, steps: int, threads: int)
         rows = report.rollout.samples.rows
         prompt = max(prompt, int(rows.prompt_len_N.max()))
         completion = max(completion, int(rows.completion_len_N.max()))
-    peak = peak_bytes(taken.learner.policy.device)
+    device = taken.learner.policy.device
+    peak = peak_bytes(device) + outside_bytes(device)
     connection.send({"peak_bytes": peak, "prompt": prompt, "completion": completion})

@@ -22,7 +22,7 @@ from sft_core.model.allocator import keep_freed_memory
 from sft_core.model.half import halve
 from sft_core.model.segments import Layout, attend_by_segments, layouts
 from sft_core.model.source import Source, find_source
-from sft_core.precision import Precision, pick_device, pick_precision
+from sft_core.precision import Precision, has_ampere_units, pick_device, pick_precision
 
 # peft 0.21 asks transformers 5 for an attribute by its old name; the warning would not help whoever trains.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -138,6 +138,8 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
     source = source or find_source(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    if device.type == "cuda" and precision.autocast_dtype is torch.bfloat16 and not has_ampere_units(device):
+        print("note: this GPU only emulates bf16; --precision fp16 is several times as fast here", file=sys.stderr)
     if config.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(source)

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sft_core.model.backbone import without_adapter
+from sft_core.precision import has_ampere_units
 
 # How the learner lays out a micro-batch, the fastest first. "sequence": as drawn above. "groups": a row for each prompt
 # with all its completions, which a mask hides from one another. "rows": one for each completion, with padding.
@@ -111,10 +112,11 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
 
 def _repeats_no_keys(device: torch.device) -> bool:
     """Without a mask transformers leaves it to the kernel that query heads share a key. On CUDA flash attention alone
-    can do so, which needs half precision and capability 8.0; a T4 (7.5) would fall back to all pairs at once."""
+    can do so (up to torch 2.13), which needs half precision and capability 8.0; a T4 (7.5) would fall back to all pairs
+    at once."""
     if torch.device(device).type != "cuda":
         return True
-    return torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.is_autocast_enabled("cuda") and has_ampere_units(device)
 
 
 def _attend(
@@ -124,6 +126,9 @@ def _attend(
     if not isinstance(attention_mask, RowsMask):
         if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             return _next_token(query, key, value, attention_mask, given.get("scaling"), given.get("dropout", 0.0)), None
+        if attention_mask is None and _is_a_prompt(module, query, key, given) and not _repeats_no_keys(query.device):
+            attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            attention_mask = attention_mask[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     cut, allowed = attention_mask
     queries = [batch.N * batch.Q for batch in cut.batches]
@@ -135,6 +140,13 @@ def _attend(
         q, k, v = (piece.unflatten(0, (batch.N, -1)).transpose(1, 2) for piece in of_batch)
         found.append(_rows_attend(module, q, k, v, mask, given).flatten(0, 1))
     return _at(torch.cat(found), cut.place_S)[None], None
+
+
+def _is_a_prompt(module: Any, query: Tensor, key: Tensor, given: dict[str, Any]) -> bool:
+    """Whether each token looks at itself and all before it, and heads share keys."""
+    causal = given.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return bool(causal) and query.shape[2] == key.shape[2] and query.shape[1] != key.shape[1]
 
 
 def _at(tokens: Tensor, places: Tensor) -> Tensor:

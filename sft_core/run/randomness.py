@@ -1,7 +1,9 @@
-"""The random generators of a process, and under torchrun of all ranks."""
+"""What makes two runs differ: the random generators of a process, under torchrun of all ranks; on CUDA also the order
+in which kernels add."""
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -9,6 +11,19 @@ import numpy
 import torch
 
 from sft_core.learn import ranks
+
+
+def deterministic(on: bool) -> None:
+    """Under --deterministic: of each operation the kernel that gives the same bits every time, or an error where there
+    is none (`torch.use_deterministic_algorithms`). Call before the first matrix product. On a CPU it changes no bit:
+    there kernels add in one order anyway."""
+    torch.use_deterministic_algorithms(on)
+    if on:
+        # cuBLAS reads it when it is first used: a workspace for each stream, none of which is another's.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False  # which would time kernels, and take another one each time
+        # Memory need not be filled before it is written: nothing reads what was not (tests/test_deterministic.py).
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def random_state() -> dict[str, Any]:
