@@ -118,6 +118,7 @@ OTHER_FLAGS = {
     "preset",
     "output_path",
     "gpu",
+    "gpus",
     "show",
     "list",
 }  # the command line's own, benchmarks.plan, tests.zoo

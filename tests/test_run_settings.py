@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import grpo_core.job
+import grpo_core.reference
 import grpo_core.train
 import grpo_core.warmstart
 from grpo_core.reference import Reference
@@ -85,7 +85,7 @@ def test_beta_0_holds_no_reference(start: list[str], tmp_path: Path, monkeypatch
             super().__init__(*parts)
             made.append(self)
 
-    monkeypatch.setattr(grpo_core.job, "Reference", Counted)
+    monkeypatch.setattr(grpo_core.reference, "Reference", Counted)
     without = grpo(tmp_path / "without", *start, "--max_steps", "2", "--beta", "0")
     assert made == [] and [line["kl"] for line in without.train] == [0, 0]
     grpo(tmp_path / "with", *start, "--max_steps", "1", "--beta", "0.1")

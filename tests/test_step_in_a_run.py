@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import grpo_core.job
+import grpo_core.reference
 import grpo_core.train
 from grpo_core.step import grpo_step
 from sft_core.model.policy import Policy
@@ -49,7 +49,7 @@ def test_a_run_holds_no_reference_at_beta_zero(tmp_path: Path, monkeypatch: pyte
         def __init__(self, policy: Policy) -> None:
             raise AssertionError("a reference was made")
 
-    monkeypatch.setattr(grpo_core.job, "Reference", Refused)
+    monkeypatch.setattr(grpo_core.reference, "Reference", Refused)
     assert train_lines(tmp_path, beta=0.0)[0]["kl"] == 0
 
 

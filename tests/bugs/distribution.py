@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.bugs.mutation import Mutation
 
-EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does[ddp-2]"
-IN_PARTS = "tests/test_ranks.py::test_ranks_do_what_one_process_does[fsdp-2]"
+EQUAL = "tests/test_ranks.py::test_ranks_do_what_one_process_does"
+IN_PARTS = "tests/test_ranks.py::test_ranks_with_parts_of_the_weights_do_too"
 PARTS = "tests/test_ranks_in_parts.py::"
 RUNS, APART = "tests/test_ranks_runs.py::", "tests/test_ranks_apart.py::"
 

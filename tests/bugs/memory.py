@@ -122,7 +122,7 @@ BUGS = [
         34,
         "any error is taken for a lack of memory",
         "sft_core/learn/recovery.py",
-        "smaller = halved(self.micro_batch, rows) if out_of_memory(error) else None",
+        "smaller = halved(self.micro_batch, rows) if out_of_memory(error) and not self.shared else None",
         "smaller = halved(self.micro_batch, rows)",
         "A bug's message comes after log2 of the micro-batch attempts and as many lines that blame the memory.",
         (f"{MEMORY}test_other_errors_pass_through",),

@@ -54,8 +54,8 @@ BUGS = [
         "gradients clipped before they are unscaled",
         "sft_core/learn/optim.py",
         "        self.scaler.unscale_(self.adamw)  # before clipping, or the bound would apply to the scaled gradient\n"
-        "        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()\n",
-        "        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()\n"
+        "        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)).item()\n",
+        "        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)).item()\n"
         "        self.scaler.unscale_(self.adamw)\n",
         "The bound of 1 applies to a gradient that is 65,536 times too large: after unscaling almost nothing is left.",
         (f"{OPTIM}test_gradients_are_unscaled_before_they_are_clipped",),
@@ -185,8 +185,8 @@ BUGS = [
         26,
         "the search for the rows leaves its gradient",
         "sft_core/learn/recovery.py",
-        "                found.append(at.start)\n            self._forget()\n",
-        "                found.append(at.start)\n",
+        "                    found.append(at.start)\n                self._forget()\n",
+        "                    found.append(at.start)\n",
         "The next batch's gradient is added to the lost rows' NaN: one bad batch ends the run.",
         (f"{LOST}test_the_rows_that_hold_the_poison_are_named_and_no_other_and_nothing_moves",),
     ),
