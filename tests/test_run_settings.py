@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import grpo_core.job
 import grpo_core.reference
 import grpo_core.train
 import grpo_core.warmstart

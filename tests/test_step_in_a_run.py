@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import grpo_core.job
 import grpo_core.reference
 import grpo_core.train
 from grpo_core.step import grpo_step
