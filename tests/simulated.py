@@ -40,7 +40,6 @@ def _inside(module: str, name: str, args: Any, kwargs: Any) -> None:
 
     test = getattr(importlib.import_module(module), name).inside
     with warnings.catch_warnings(), DEVICE.entered():
-        DEVICE.waits.clear()
         warnings.simplefilter("error")
         test(*args, **kwargs)
 

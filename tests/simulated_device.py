@@ -56,15 +56,15 @@ class Simulated(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: list[Wait] = []
-        self.pinned: Any = WeakTensorKeyDictionary()
-        self.arriving: list[tuple[Tensor, Tensor]] = []  # copies to the host, and what they will bring
-        self.leaving: list[tuple[Tensor, int]] = []  # what is being copied from the host, and its version
         self.random_state = torch.get_rng_state()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The device exists within the block."""
+        """The device exists within the block, as new."""
+        self.waits: list[Wait] = []
+        self.pinned: Any = WeakTensorKeyDictionary()
+        self.arriving: list[tuple[Tensor, Tensor]] = []  # copies to the host, and what they will bring
+        self.leaving: list[tuple[Tensor, int]] = []  # what is being copied from the host, and its version
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` copies where we see it
         try:
             with self:
@@ -179,6 +179,8 @@ class Simulated(TorchDispatchMode):
         elif there:
             self.send(source, unasked)
         elif unasked and (to or target in self.pinned):
+            # Behind whatever has left from the same memory: copies follow one another.
+            self.leaving = [(sent, version) for sent, version in self.leaving if sent.data_ptr() != target.data_ptr()]
             self.arriving.append((target, value.clone()))
             value = value.new_full(value.shape, torch.nan if value.is_floating_point() else -1)
             self.pin(target)
@@ -194,7 +196,9 @@ class Simulated(TorchDispatchMode):
             self.settle(False)
             if not source.is_inference():
                 self.leaving.append((source, source._version))
-        elif source.dim() or not source.numel():
+        elif not source.numel():
+            pass
+        elif source.dim():
             self.wait("copy to the device")
         else:
             self.wait("copy of a number to the device")
@@ -260,6 +264,12 @@ class OnDevice(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()  # for those who ask which tensors share memory
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
 
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"{self.held}, on {NAME}"
