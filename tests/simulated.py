@@ -8,10 +8,14 @@ import multiprocessing
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+
+from sft_core.model.policy import Policy
+from sft_core.precision import Precision
 
 # For `pytestmark`: a device in Python needs the device guard in Python.
 NEEDS_THE_HOOKS = pytest.mark.skipif(
@@ -30,6 +34,13 @@ def on_the_device(test: Callable[..., None]) -> Callable[..., None]:
     return elsewhere
 
 
+def moved(policy: Policy, half: torch.dtype | None = None) -> Policy:
+    """The policy on the device, with this dtype for autocast."""
+    device = torch.device("simulated")
+    policy.model.to(device)
+    return replace(policy, precision=Precision(device, half))
+
+
 @functools.lru_cache(maxsize=1)
 def _process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), register)
@@ -41,6 +52,7 @@ def _inside(module: str, name: str, args: Any, kwargs: Any) -> None:
     test = getattr(importlib.import_module(module), name).inside
     with warnings.catch_warnings(), DEVICE.entered():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft is behind
         test(*args, **kwargs)
 
 

@@ -244,7 +244,8 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=torch.device(NAME, 0), **layout)
+        with torch.inference_mode(held.is_inference()):  # a view is what it is a view of
+            made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=torch.device(NAME, 0), **layout)
         made.held = held
         return made
 
@@ -284,11 +285,10 @@ def held(leaf: Any) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
-    """Which arguments an operation writes to and returns."""
-    if not func._schema.returns or not any(r.alias_info and r.alias_info.is_write for r in func._schema.returns):
-        return ()
-    arguments = enumerate(func._schema.arguments)
-    return tuple((at, a.name) for at, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    """The arguments that an operation writes to and returns, in the order in which it does."""
+    arguments = {str(a.alias_info.before_set): (at, a.name) for at, a in enumerate(func._schema.arguments) if a.alias_info}
+    returned = [result.alias_info for result in func._schema.returns]
+    return tuple(arguments[str(alias.before_set)] for alias in returned if alias and alias.is_write)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Any:
