@@ -5,7 +5,7 @@ what it says it is. Three things are as on CUDA:
 
 - Mixing with tensors on the CPU is an error, but for numbers (0-dim) in elementwise operations and indices in `x[i]`.
 - What makes the host wait until the device has caught up is noted, with the place in this project that asked for it:
-  copies, unless pinned and `non_blocking`; `.item()`, `bool`, `.tolist()`, `nonzero`, an index that is a mask or a list.
+  copies, unless pinned and `non_blocking`; `.item()`, `bool`, `.tolist()`, `nonzero`, a mask or a list as index.
 - A copy that nobody waits for has not happened yet: the host reads NaN until the next wait, and must leave what it
   sends as it is.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-NAME = "simulated"
+NAME = "simulated"  # PyTorch knows it by this name once `register` in tests/simulated.py has run
 PROJECT = f"{Path(__file__).parent.parent}/"
 aten = torch.ops.aten
 
@@ -91,7 +90,8 @@ class Simulated(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         name, asked = func.overloadpacket, kwargs.get("device")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        each(tensors.append, (*args, *kwargs.values()))
         here = any(isinstance(tensor, OnDevice) for tensor in tensors)
         if name is aten.is_pinned:
             return args[0] in self.pinned
@@ -110,13 +110,14 @@ class Simulated(TorchDispatchMode):
         pinned = bool(kwargs.get("pin_memory"))
         kwargs = {**kwargs, **({"device": "cpu"} if asked is not None else {})}
         kwargs.pop("pin_memory", None)
-        found = self.computed(func, tree_map(held, args), tree_map(held, kwargs), there)
+        named = {name: each(held, value) for name, value in kwargs.items()}
+        found = self.computed(func, each(held, args), named, there)
         written = _written(func, args, kwargs)
         if written is not None:
             return written
         if pinned:
             return self.pin(found)
-        return tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, found) if there else found
+        return each(OnDevice, found) if there else found
 
     def computed(self, func: Any, args: Any, kwargs: Any, there: bool) -> Any:
         """The result on the CPU. The device draws by a generator of its own."""
@@ -244,8 +245,10 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        with torch.inference_mode(held.is_inference()):  # a view is what it is a view of
-            made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=torch.device(NAME, 0), **layout)
+        if held.is_inference() != torch.is_inference_mode_enabled():  # a view is what it is a view of
+            with torch.inference_mode(held.is_inference()):
+                return OnDevice(held)
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=torch.device(NAME, 0), **layout)
         made.held = held
         return made
 
@@ -279,14 +282,24 @@ class OnDevice(torch.Tensor):
 DEVICE = Simulated()
 
 
-def held(leaf: Any) -> Any:
-    return leaf.held if isinstance(leaf, OnDevice) else leaf
+def held(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, OnDevice) else tensor
+
+
+def each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with all of its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)([each(change, item) for item in value])
+    return value
 
 
 @functools.lru_cache(maxsize=None)
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operation writes to and returns, in the order in which it does."""
-    arguments = {str(a.alias_info.before_set): (at, a.name) for at, a in enumerate(func._schema.arguments) if a.alias_info}
+    given = [(a.alias_info, (at, a.name)) for at, a in enumerate(func._schema.arguments)]
+    arguments = {str(alias.before_set): place for alias, place in given if alias}
     returned = [result.alias_info for result in func._schema.returns]
     return tuple(arguments[str(alias.before_set)] for alias in returned if alias and alias.is_write)
 

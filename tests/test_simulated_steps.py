@@ -57,7 +57,7 @@ def numbers(report: StepReport) -> dict[str, float]:
     return {name: value for name, value in step_record(report).items() if not name.endswith("_s")}
 
 
-def stepped(policy: Policy, steps: int = 2, **options: Any) -> tuple[Policy, list[dict[str, float]]]:
+def stepped(policy: Policy, steps: int = 1, **options: Any) -> tuple[Policy, list[dict[str, float]]]:
     """The log of some steps."""
     parts = learner(policy, grpo_config(**options))
     if options.get("dynamic_sampling"):
@@ -72,10 +72,13 @@ def agree(here: tuple[Policy, list[dict[str, float]]], there: tuple[Policy, list
         torch.testing.assert_close(weight.cpu(), weights(here[0])[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "lora"])
-@pytest.mark.parametrize("at_once", [None, 2])
+CUT = Sampling(6, 0.7, top_k=50, top_p=0.9, min_p=0.001)
+
+
 @pytest.mark.parametrize(
-    "sampling", [Sampling(6), Sampling(6, 0), Sampling(6, 0.7, top_k=50, top_p=0.9, min_p=0.001)], ids=str
+    ("kind", "at_once", "sampling"),
+    [("qwen2", 2, Sampling(6)), ("gpt2", None, CUT), ("lora", 2, Sampling(6, 0))],
+    ids=["in turn", "with cuts", "greedy, with an adapter"],
 )
 @on_the_device
 def test_completions_are_the_cpus(kind: str, at_once: int | None, sampling: Sampling) -> None:
@@ -98,9 +101,9 @@ def test_slower_ways_to_sample_give_the_same(changes: dict[str, bool]) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
-@pytest.mark.parametrize("layout", ["sequence", "groups", "rows"])
-@pytest.mark.parametrize("chunk", [0, 1000])
+@pytest.mark.parametrize(
+    ("layout", "chunk", "entropy"), [("sequence", 1000, "gradient"), ("groups", 0, "value"), ("rows", 1000, "none")]
+)
 @on_the_device
 def test_log_probabilities_and_gradients_are_the_cpus(layout: Any, chunk: int, entropy: Any) -> None:
     found = []
