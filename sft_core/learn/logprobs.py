@@ -37,10 +37,10 @@ def token_logprobs(
         inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention, "position_ids": packed.position_RL}
         hidden_RLD = backbone(**inputs, use_cache=False).last_hidden_state
     hidden_MD = hidden_RLD.flatten(0, 1).index_select(0, packed.predictor_M)  # prompts and padding skip the head
-    mask_NT = rows.mask_NT
-    logp_M, entropy_M = _scores(logits_of, hidden_MD, rows.completion_NT[mask_NT], policy, temperature, entropy)
-    nothing_NT = torch.zeros(mask_NT.shape, dtype=logp_M.dtype, device=logp_M.device)
-    return nothing_NT.masked_scatter(mask_NT, logp_M), nothing_NT.masked_scatter(mask_NT, entropy_M)
+    scores = _scores(logits_of, hidden_MD, packed.token_M, policy, temperature, entropy)
+    shape, place_M = rows.completion_NT.shape, packed.place_M
+    logp_NT, entropy_NT = (score_M.new_zeros(shape.numel()).index_copy(0, place_M, score_M) for score_M in scores)
+    return logp_NT.view(shape), entropy_NT.view(shape)
 
 
 def _scores(

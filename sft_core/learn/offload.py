@@ -85,7 +85,7 @@ class OffloadedAdamW:
         if self.file is not None:
             return _mapped(self.file, self.offsets[number, piece], 2 * part.numel(), part.dtype)
         if (number, piece) not in self.kept:  # pinned, so that a GPU copies from and to them without a detour
-            self.kept[number, piece] = torch.zeros(2 * part.numel(), dtype=part.dtype, pin_memory=part.is_cuda)
+            self.kept[number, piece] = torch.zeros(2 * part.numel(), dtype=part.dtype, pin_memory=part.device.type != "cpu")
         return self.kept[number, piece]
 
     def tensors(self) -> dict[str, Tensor]:

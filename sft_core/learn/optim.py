@@ -79,7 +79,7 @@ class Optimizer(Recovery, Saved):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradient, times the scaler's factor, to `.grad`."""
-        self.loss = self.loss.to(loss.device) + loss.detach()
+        self.loss = self.loss + loss.detach()
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sft_core.model.backbone import without_adapter
+from sft_core.model.sending import sent
 
 # How the learner lays out a micro-batch, the fastest first. "sequence": as drawn above. "groups": a row for each prompt
 # with all its completions, which a mask hides from one another. "rows": one for each completion, with padding.
@@ -62,10 +63,10 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         batches = (
-            batch._replace(before_N=None if batch.before_N is None else batch.before_N.to(device))
+            batch._replace(before_N=None if batch.before_N is None else sent(batch.before_N, device))
             for batch in self.batches
         )
-        at = (self.query_at.to(device), self.key_at.to(device), self.place_S.to(device))
+        at = (sent(self.query_at, device), sent(self.key_at, device), sent(self.place_S, device))
         return Segments(tuple(batches), *at)
 
 
@@ -102,7 +103,7 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
         if before_N is None:
             causal = at[:Q, None] >= at[:K]
             seen = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:Q, None], at[None, :K])
-            return None if plain and torch.equal(seen, causal) else seen[None, None]
+            return None if plain and (seen is causal or torch.equal(seen, causal)) else seen[None, None]
         seen = mask_function(0, 0, (before_N[:, None] + at[:Q])[:, :, None], at[None, None, :K])
         return seen[:, None]  # type: ignore[no-any-return]
 
