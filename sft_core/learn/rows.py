@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sft_core.learn import ranks
+from sft_core.model.sending import sent
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ class Rows:
         return [completion for _, completion in self.lists]
 
     def to(self, device: torch.device) -> Rows:
-        ids_NL, prompt_len_N = self.ids_NL.to(device), self.prompt_len_N.to(device)
-        return Rows(ids_NL, prompt_len_N, self.completion_len_N.to(device), self.prompt_width)
+        """These rows, which are on the CPU, on the device as well: what they are is known here without asking there."""
+        tensors = (sent(tensor, device) for tensor in (self.ids_NL, self.prompt_len_N, self.completion_len_N))
+        there = Rows(*tensors, self.prompt_width)
+        vars(there)["lists"] = self.lists
+        return there
 
     def without_completions(self, left_out_N: Tensor) -> Rows:
         """The same rows, some of them with a completion of length 0: their tokens become padding."""
