@@ -295,7 +295,7 @@ def each(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operation writes to and returns, in the order in which it does."""
     given = [(a.alias_info, (at, a.name)) for at, a in enumerate(func._schema.arguments)]

@@ -29,7 +29,9 @@ GRPO += ["--rewards", "tests.helpers:length_reward", "--eval_samples", "2", "--b
 SFT = ["--batch_size", "4", "--max_completion_tokens", "38", "--eval_problems", "2", "--precision", "float32"]
 
 
-@pytest.mark.parametrize("adapter", [[], ["--lora", "--lora_r", "4", "--offload_optimizer", "cpu"]], ids=["all", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [[], ["--lora", "--lora_r", "4", "--offload_optimizer", "cpu"]], ids=["all", "lora"]
+)
 @on_the_device
 def test_a_run_resumed_on_the_device_ends_with_the_same_bits(adapter: list[str], model: Path, tmp_path: Path) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
