@@ -27,8 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 NAME = "simulated"  # PyTorch knows it by this name once `register` in tests/simulated.py has run
-PROJECT = f"{Path(__file__).parent.parent}/"
-aten = torch.ops.aten
+PROJECT, aten = f"{Path(__file__).parent.parent}/", torch.ops.aten
 
 TRANSFERS = {aten._to_copy, aten.copy_}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -42,7 +41,7 @@ NUMBERS = {(aten.fill_, 1), (aten.fill, 1), (aten.masked_fill, 2), (aten.masked_
 
 
 class Wait(NamedTuple):
-    """What the host waited for, and where in the project: file, function, line."""
+    """What the host waited for, and where in the project."""
 
     what: str
     file: str
@@ -93,10 +92,8 @@ class Simulated(TorchDispatchMode):
         tensors: list[Tensor] = []
         each(tensors.append, (*args, *kwargs.values()))
         here = any(isinstance(tensor, OnDevice) for tensor in tensors)
-        if name is aten.is_pinned:
-            return args[0] in self.pinned
-        if name is aten._pin_memory:
-            return self.pin(args[0].clone())
+        if name in (aten.is_pinned, aten._pin_memory):
+            return args[0] in self.pinned if name is aten.is_pinned else self.pin(args[0].clone())
         if name is aten._fused_sdp_choice:
             return 0  # the plain one: products and a softmax
         if name in TRANSFERS:
@@ -107,17 +104,14 @@ class Simulated(TorchDispatchMode):
         generator = kwargs.get("generator")
         if there and generator is not None:
             raise RuntimeError(f"Expected a {NAME!r} device type for generator but found {generator.device.type!r}")
-        pinned = bool(kwargs.get("pin_memory"))
         kwargs = {**kwargs, **({"device": "cpu"} if asked is not None else {})}
-        kwargs.pop("pin_memory", None)
+        pinned = bool(kwargs.pop("pin_memory", None))
         named = {name: each(held, value) for name, value in kwargs.items()}
         found = self.computed(func, each(held, args), named, there)
         written = _written(func, args, kwargs)
         if written is not None:
             return written
-        if pinned:
-            return self.pin(found)
-        return each(OnDevice, found) if there else found
+        return self.pin(found) if pinned else each(OnDevice, found) if there else found
 
     def computed(self, func: Any, args: Any, kwargs: Any, there: bool) -> Any:
         """The result on the CPU. The device draws by a generator of its own."""
@@ -195,14 +189,11 @@ class Simulated(TorchDispatchMode):
         """Copies follow one another: those to the host have come before this one goes."""
         if unasked and source in self.pinned:
             self.settle(False)
-            if not source.is_inference():
-                self.leaving.append((source, source._version))
+            self.leaving += [] if source.is_inference() else [(source, source._version)]
         elif not source.numel():
-            pass
-        elif source.dim():
-            self.wait("copy to the device")
+            return
         else:
-            self.wait("copy of a number to the device")
+            self.wait("copy to the device" if source.dim() else "copy of a number to the device")
 
     def pin(self, tensor: Tensor) -> Tensor:
         self.pinned[tensor] = True
@@ -212,7 +203,7 @@ class Simulated(TorchDispatchMode):
         """The host waits, until the device has done all that it was asked for."""
         self.settle(True)
         frame: Any = sys._getframe(1)
-        while frame is not None:
+        while frame:
             path = frame.f_code.co_filename
             if path.startswith(PROJECT) and "/tests/simulated" not in path and "site-packages" not in path:
                 place = path.removeprefix(PROJECT)
@@ -269,11 +260,9 @@ class OnDevice(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def untyped_storage(self) -> Any:
-        return self.held.untyped_storage()  # for those who ask which tensors share memory
-
-    def data_ptr(self) -> int:
-        return self.held.data_ptr()
+    # For those who ask which tensors share memory.
+    untyped_storage = property(lambda self: self.held.untyped_storage)
+    data_ptr = property(lambda self: self.held.data_ptr)
 
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"{self.held}, on {NAME}"

@@ -84,7 +84,7 @@ def test_an_index_on_the_wrong_device_is_found() -> None:
 @on_the_device
 def test_a_generator_of_the_wrong_device_is_found() -> None:
     def numbers(self: Sheet, place_N1: Tensor, column_NT: Tensor) -> Tensor:
-        return torch.rand(column_NT.shape, device=column_NT.device, generator=torch.Generator())
+        return torch.rand(column_NT.shape, device=self.policy.device, generator=torch.Generator())
 
     with patch.object(Sheet, "numbers", numbers), pytest.raises(RuntimeError, match="device type for generator"):
         steps_on_the_device()

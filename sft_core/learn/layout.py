@@ -72,7 +72,8 @@ def pack(rows: Rows, layout: Layout) -> Packed:
     tokens = [token for completion in completions for token in completion]
     places = [n * T + t for n, completion in enumerate(completions) for t in range(len(completion))]
     own = [torch.tensor(numbers, dtype=torch.long) for numbers in (tokens, places)]
-    return Packed(*(sent(part, device) for part in (*parts, *own)), cut and cut.to(device))
+    ids_RL, position_RL, attention, predictor_M, token_M, place_M = (sent(part, device) for part in (*parts, *own))
+    return Packed(ids_RL, position_RL, attention, predictor_M, token_M, place_M, cut and cut.to(device))
 
 
 def _cost(groups: list[Group]) -> float:

@@ -90,8 +90,8 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """These rows, which are on the CPU, on the device as well: what they are is known here without asking there."""
-        tensors = (sent(tensor, device) for tensor in (self.ids_NL, self.prompt_len_N, self.completion_len_N))
-        there = Rows(*tensors, self.prompt_width)
+        ids_NL, prompt_len_N = sent(self.ids_NL, device), sent(self.prompt_len_N, device)
+        there = Rows(ids_NL, prompt_len_N, sent(self.completion_len_N, device), self.prompt_width)
         vars(there)["lists"] = self.lists
         return there
 

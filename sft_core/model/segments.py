@@ -94,7 +94,7 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
     """What a model's layers of one kind (full, sliding) get as their mask."""
     cut = _present.get()
     if cut is None:
-        # A mask while tokens are decoded: rows are padded (`generate` has looked), and nobody looks again for each token.
+        # A mask while tokens are decoded: rows are padded (`generate` has looked); nobody looks again at each token.
         decoding = named.get("q_length") == 1 and named.get("attention_mask") is not None
         named |= {"allow_is_causal_skip": False} if decoding else {}
         return sdpa_mask(*given, **named, mask_function=mask_function)  # type: ignore[misc]
