@@ -12,6 +12,7 @@ from torch import Tensor
 from sft_core.learn import ranks
 from sft_core.learn.rows import Rows, pad
 from sft_core.model.policy import Policy
+from sft_core.model.sending import sent
 
 
 class Completion(NamedTuple):
@@ -47,30 +48,32 @@ class Samples:
 
 
 class Sheet:
-    """The completions of N prompts while they are drawn."""
+    """The completions of N prompts while they are drawn; all of it on the CPU, but for the log-probabilities."""
 
     def __init__(self, policy: Policy, N: int, sampling: Sampling, ended: Ended | None) -> None:
         device = policy.device
         self.policy, self.sampling, self.tell = policy, sampling, ended
         self.texts = [""] * N
-        self.length_N = torch.zeros(N, dtype=torch.long, device=device)
-        self.truncated_N = torch.zeros(N, dtype=torch.bool, device=device)
-        self.completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id, device=device)
+        self.length_N = torch.zeros(N, dtype=torch.long)
+        self.truncated_N = torch.zeros(N, dtype=torch.bool)
+        self.completion_NT = torch.full((N, sampling.max_completion_tokens), policy.pad_id)
         drawn_NT = self.completion_NT.shape if sampling.temperature else (N, 0)
         self.logp_NT = torch.zeros(drawn_NT, device=device)  # at the temperature, before any cut
         wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
         # By which each token is drawn; from the CPU: the same on every device.
-        self.uniform_NT = torch.rand(drawn_NT, dtype=wide).to(device)
+        self.uniform_NT = torch.rand(drawn_NT, dtype=wide)
 
     def numbers(self, place_N1: Tensor, column_NT: Tensor) -> Tensor:
-        """uniform_NT of these tokens; empty when greedy."""
-        return self.uniform_NT[place_N1, column_NT] if self.sampling.temperature else self.uniform_NT
+        """uniform_NT of these tokens, on the device; empty when greedy."""
+        uniform_NT = self.uniform_NT[place_N1, column_NT] if self.sampling.temperature else self.uniform_NT
+        return sent(uniform_NT, self.policy.device)
 
     def write(self, place_N1: Tensor, column_NT: Tensor, drawn_NT: Tensor, logp: Sequence[Tensor]) -> None:
         """Put down the next tokens of some rows."""
         self.completion_NT[place_N1, column_NT] = drawn_NT
         if self.sampling.temperature:
-            self.logp_NT[place_N1, column_NT] = torch.stack(list(logp), dim=1)
+            at = sent(place_N1, self.policy.device), sent(column_NT, self.policy.device)
+            self.logp_NT[at] = torch.stack(list(logp), dim=1)
 
     def ended(self, place_N: Tensor) -> None:
         """Rows are complete: measure, decode and tell of them."""
@@ -91,23 +94,22 @@ class Sheet:
         """Under torchrun: give what this rank has drawn, at the places `mine`, for what the others have."""
         if ranks.world() == 1:
             return
-        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+        drawn = (list(mine), self.completion_NT[mine], self.logp_NT[mine].cpu())
         for number, (places, completion_NT, logp_NT) in enumerate(ranks.gathered(drawn, "completions")):
             if number != ranks.rank():
-                self.completion_NT[places] = completion_NT.to(self.completion_NT.device)
+                self.completion_NT[places] = completion_NT
                 self.logp_NT[places] = logp_NT.to(self.logp_NT.device)
-                self.ended(torch.tensor(places, dtype=torch.long, device=self.completion_NT.device))
+                self.ended(torch.tensor(places, dtype=torch.long))
 
     def samples(self, prompts: Sequence[Sequence[int]]) -> Samples:
         """All of them, when all have ended."""
-        prompt_NP = pad(prompts, self.policy.pad_id, "left").to(self.policy.device)
-        prompt_len_N = torch.tensor([len(p) for p in prompts], device=self.policy.device)
+        prompt_NP, prompt_len_N = pad(prompts, self.policy.pad_id, "left"), torch.tensor([len(p) for p in prompts])
         T = int(self.length_N.max())
         ids_NL = torch.cat([prompt_NP, self.completion_NT[:, :T]], dim=1)
-        rows = Rows(ids_NL, prompt_len_N, self.length_N, prompt_NP.shape[1])
+        rows = Rows(ids_NL, prompt_len_N, self.length_N, prompt_NP.shape[1]).to(self.policy.device)
         greedy = not self.sampling.temperature
         logp_NT = self.logp_NT if greedy else torch.where(rows.mask_NT, self.logp_NT[:, :T], 0.0)
-        return Samples(rows, self.texts, self.truncated_N, logp_NT)
+        return Samples(rows, self.texts, sent(self.truncated_N, self.policy.device), logp_NT)
 
 
 def completion_lengths(completion_NT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

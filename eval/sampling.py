@@ -38,6 +38,7 @@ from eval.samples import Ended, Samples, Sampling, Sheet, completion_lengths
 from sft_core.learn import ranks
 from sft_core.learn.shards import model_to_sample
 from sft_core.model.policy import Policy
+from sft_core.model.sending import sent
 
 LEAVING = 4  # a segment ends when one row in so many has ended
 
@@ -108,7 +109,7 @@ def _fill(
             fresh, waiting = Going.begin(policy, model, prompts, waiting[:free], budget), waiting[free:]
             going = going.joined_by(fresh)
         place_N1, tokens = going.place_N[:, None], budget - int(going.drawn_N.max())
-        column_NT = going.drawn_N[:, None] + torch.arange(tokens, device=policy.device)
+        column_NT = going.drawn_N[:, None] + torch.arange(tokens)
         draw = Draw(sampling.temperature, sheet.numbers(place_N1, column_NT), policy.eos_ids[0], _cuts(sampling))
         enough = _SomeHaveEnded(policy.eos_ids, policy.device)
         longer_NW = model.generate(
@@ -120,7 +121,7 @@ def _fill(
             stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
             streamer=streamer,
         )
-        drawn_NT = longer_NW[:, going.ids_NW.shape[1] :]
+        drawn_NT = longer_NW[:, going.ids_NW.shape[1] :].cpu()
         sheet.write(place_N1, column_NT[:, : drawn_NT.shape[1]], drawn_NT, draw.logp)
         going.drew(longer_NW)
         over_N = completion_lengths(drawn_NT, policy.eos_ids)[1] | (going.drawn_N == budget)
@@ -152,7 +153,8 @@ class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
     """Ends a segment for all of its rows once one in LEAVING has ended."""
 
     def __init__(self, eos_ids: Sequence[int], device: torch.device) -> None:
-        self.eos_ids, self.ended_N = torch.tensor(list(eos_ids), device=device), torch.tensor(False, device=device)
+        self.eos_ids = sent(torch.tensor(list(eos_ids)), device)
+        self.ended_N = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.ended_N = self.ended_N | torch.isin(input_ids[:, -1], self.eos_ids)

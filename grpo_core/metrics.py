@@ -29,7 +29,7 @@ class Tally:
         self.sums: dict[str, Tensor] = {}
         self.ratio_range: list[Tensor] = []
         self.first_ratio_range: list[Tensor] = []  # of the first update's micro-batches
-        self.clipped_range: list[tuple[int, Tensor, Tensor]] = []
+        self.clipped_range: dict[int, list[Tensor]] = {}  # of each update's micro-batches
         self.gap: dict[str, float] = {}
 
     @classmethod
@@ -70,37 +70,34 @@ class Tally:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().to(
                 torch.promote_types(value.dtype, torch.float32)
             )
-        inf = torch.tensor(torch.inf, dtype=ratio.dtype, device=ratio.device)
-        ratio_range = torch.stack([torch.where(counted, ratio, inf).min(), torch.where(counted, ratio, -inf).max()])
+        lowest, highest = torch.where(counted, ratio, torch.inf).min(), torch.where(counted, ratio, -torch.inf).max()
+        ratio_range = torch.stack([lowest, highest])
         self.ratio_range.append(ratio_range)
         if self.updates == 0:
             self.first_ratio_range.append(ratio_range)
         share_low, share_high = (clipped.sum(dim=1) / counted.sum(dim=1) for clipped in (clipped_low, clipped_high))
-        self.clipped_range.append(
-            (self.updates, share_low.nan_to_num(torch.inf).min(), share_high.nan_to_num(-torch.inf).max())
-        )
+        clipped = [share_low.nan_to_num(torch.inf).min(), share_high.nan_to_num(-torch.inf).max()]
+        self.clipped_range.setdefault(self.updates, []).append(torch.stack(clipped))
 
     @torch.no_grad()
     def compare(self, sampler_logp_NT: Tensor, old_logp_NT: Tensor, mask_NT: Tensor) -> None:
         """Sampler against learner: both scored the same tokens with the same weights, so they differ by rounding only.
         A larger gap means that the samples come from another distribution than the learner's."""
         gap_NT = torch.where(mask_NT, (sampler_logp_NT - old_logp_NT).abs(), 0.0)
-        mean = gap_NT.sum() / mask_NT.sum().clamp(min=1)
-        self.gap = {"sampler_gap_mean": float(mean), "sampler_gap_max": float(gap_NT.max())}
+        mean, largest = torch.stack([gap_NT.sum() / mask_NT.sum().clamp(min=1), gap_NT.max()]).tolist()
+        self.gap = {"sampler_gap_mean": mean, "sampler_gap_max": largest}
 
     def means(self) -> dict[str, float]:
         """Losses per update, means over tokens, the range of the ratio."""
-        sums = {name: float(value) for name, value in self.sums.items()}
-        tokens, counted, updates = max(1.0, sums["tokens"]), max(1.0, sums["ratios"]), range(self.updates)
+        sums = dict(zip(self.sums, torch.stack([value.double() for value in self.sums.values()]).tolist(), strict=True))
+        tokens, counted = max(1.0, sums["tokens"]), max(1.0, sums["ratios"])
         lowest = highest = first_low = first_high = 1.0
         least = most = [0.0]
         if sums["ratios"]:  # else all completions were masked
-            ratios = torch.stack(self.ratio_range)
-            lowest, highest = float(ratios[:, 0].min()), float(ratios[:, 1].max())
-            first = torch.stack(self.first_ratio_range)
-            first_low, first_high = float(first[:, 0].min()), float(first[:, 1].max())
-            least = [min(float(low) for at, low, _ in self.clipped_range if at == update) for update in updates]
-            most = [max(float(high) for at, _, high in self.clipped_range if at == update) for update in updates]
+            ranges = [self.ratio_range, self.first_ratio_range, *self.clipped_range.values()]
+            of_each = torch.stack([_range(each) for each in ranges]).tolist()  # one wait for all of them
+            (lowest, highest), (first_low, first_high), *clipped = of_each
+            least, most = [low for low, _ in clipped], [high for _, high in clipped]
         return {
             "grpo_loss": sums["loss"] / self.updates,  # all that is differentiated
             "policy_loss": sums["policy_loss"] / self.updates,
@@ -119,6 +116,12 @@ class Tally:
         }
 
 
+def _range(ranges: list[Tensor]) -> Tensor:
+    """(lowest, highest) of all these."""
+    found = torch.stack(ranges).double()
+    return torch.stack([found[:, 0].min(), found[:, 1].max()])
+
+
 def clipped_beyond(config: GRPOConfig) -> tuple[float, float]:
     """The ratios beyond which a token of negative, of positive advantage has no gradient of its own (CISPO: a bounded
     one)."""
@@ -131,8 +134,9 @@ def step_record(report: StepReport) -> dict[str, Any]:
     """The log line of a step. Times in seconds: `backward_time_s` is the learner's forward and backward;
     `other_time_s` is the step minus generation, learner and optimizer, so it includes rewards and reference."""
     samples, seconds, config = report.rollout.samples, report.clock.seconds, report.config
-    lengths_N = samples.rows.completion_len_N.float()
-    ended_N = lengths_N[~samples.truncated_N]
+    truncated_N = samples.truncated_N.cpu()
+    lengths_N = torch.tensor([len(completion) for completion in samples.rows.completion_ids()], dtype=torch.float32)
+    ended_N = lengths_N[~truncated_N]
     reward_BG, advantage_BG = report.rollout.reward_BG, report.advantage_BG
     known = reward_BG[~reward_BG.isnan()]
     flat_B = equal_groups(report.rollout, config)
@@ -147,7 +151,7 @@ def step_record(report: StepReport) -> dict[str, Any]:
         "adv_std": float(nan_std(advantage_BG.flatten()[None])),
         "adv_abs_mean": float(advantage_BG.abs().mean()),
         "zero_variance_share": float(flat_B.float().mean()),  # groups that teach nothing
-        "zero_variance_tokens": int((lengths_N.view(reward_BG.shape).cpu() * flat_B[:, None]).sum()),
+        "zero_variance_tokens": int((lengths_N.view(reward_BG.shape) * flat_B[:, None]).sum()),
         "replaced_groups": report.rollout.replaced,  # by dynamic sampling
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
@@ -158,7 +162,7 @@ def step_record(report: StepReport) -> dict[str, Any]:
         "ended_length_mean": float(ended_N.mean()) if len(ended_N) else 0.0,
         "ended_length_min": int(ended_N.min()) if len(ended_N) else 0,
         "ended_length_max": int(ended_N.max()) if len(ended_N) else 0,
-        "truncated_share": float(samples.truncated_N.float().mean()),
+        "truncated_share": float(truncated_N.float().mean()),
         "tokens_generated": int(lengths_N.sum()),
         "time_per_step_s": report.clock.total,
         "generation_time_s": seconds["generation"],

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sft_core.learn.rows import Rows, pad
 from sft_core.model.segments import Batch, Layout, Segments
+from sft_core.model.sending import sent
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Packed:
     position_RL: Tensor
     attention: Tensor  # (R, L), or (R, 1, L, L) bool where a mask keeps a row's completions apart
     predictor_M: Tensor  # index into the flattened (R * L): the token before, for the first the prompt's last
+    token_M: Tensor  # the completion tokens themselves, one row behind the other
+    place_M: Tensor  # index into the flattened (N * T)
     segments: Segments | None = None  # of one sequence
 
 
@@ -53,22 +56,24 @@ Group = tuple[list[int], list[list[int]]]  # a prompt and its completions
 def pack(rows: Rows, layout: Layout) -> Packed:
     """Lay out a micro-batch. Consecutive rows with the same prompt share it, unless `layout` is "rows", or is "groups"
     and the mask over them would cost more than it saves."""
-    pairs = list(zip(rows.prompt_ids(), rows.completion_ids(), strict=True))
-    apart: list[Group] = [(prompt, [completion]) for prompt, completion in pairs]
+    apart: list[Group] = [(prompt, [completion]) for prompt, completion in rows.lists]
     groups: list[Group] = []
-    for prompt, completion in pairs:
+    for prompt, completion in rows.lists:
         if groups and groups[-1][0] == prompt:
             groups[-1][1].append(completion)
         else:
             groups.append((prompt, [completion]))
     if layout == "rows" or (layout == "groups" and _cost(groups) > _cost(apart)):
         groups = apart
-    block = KEY_BLOCK.get(rows.ids_NL.device.type, 128)
-    packed = _one_sequence(groups, block) if layout == "sequence" else _a_row_each(groups)
-    parts = (packed.ids_RL, packed.position_RL, packed.attention, packed.predictor_M)
-    ids_RL, position_RL, attention, predictor_M = (part.to(rows.ids_NL.device) for part in parts)
-    cut = packed.segments.to(rows.ids_NL.device) if packed.segments else None
-    return Packed(ids_RL, position_RL, attention, predictor_M, cut)
+    device, T = rows.ids_NL.device, rows.completion_NT.shape[1]
+    block = KEY_BLOCK.get(device.type, 128)
+    *parts, cut = _one_sequence(groups, block) if layout == "sequence" else _a_row_each(groups)
+    completions = rows.completion_ids()
+    tokens = [token for completion in completions for token in completion]
+    places = [n * T + t for n, completion in enumerate(completions) for t in range(len(completion))]
+    own = [torch.tensor(numbers, dtype=torch.long) for numbers in (tokens, places)]
+    ids_RL, position_RL, attention, predictor_M, token_M, place_M = (sent(part, device) for part in (*parts, *own))
+    return Packed(ids_RL, position_RL, attention, predictor_M, token_M, place_M, cut and cut.to(device))
 
 
 def _cost(groups: list[Group]) -> float:
@@ -78,7 +83,10 @@ def _cost(groups: list[Group]) -> float:
     return len(groups) * L * (1 + (L if masked else L / 2) / KEYS_A_TOKEN)
 
 
-def _one_sequence(groups: list[Group], block: int) -> Packed:
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Segments | None]  # ids, positions, attention, predictors and segments
+
+
+def _one_sequence(groups: list[Group], block: int) -> Parts:
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
@@ -95,7 +103,7 @@ def _one_sequence(groups: list[Group], block: int) -> Packed:
             positions += range(P, P + len(completion))
         rows += rows_of_group(prompt_at, told, block)
     tensors = (torch.tensor([ids]), torch.tensor([positions]), torch.ones(1, len(ids), dtype=torch.long))
-    return Packed(*tensors, torch.tensor(predictors, dtype=torch.long), segments(rows, len(ids)))
+    return *tensors, torch.tensor(predictors, dtype=torch.long), segments(rows, len(ids))
 
 
 class Row(NamedTuple):
@@ -167,7 +175,7 @@ def batched(rows: Sequence[Row]) -> list[list[Row]]:
     return batches
 
 
-def _a_row_each(groups: list[Group]) -> Packed:
+def _a_row_each(groups: list[Group]) -> Parts:
     L = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
     ids, positions, parts, predictors = [], [], [], []
     for row, (prompt, completions) in enumerate(groups):
@@ -183,7 +191,7 @@ def _a_row_each(groups: list[Group]) -> Packed:
     alone = all(len(completions) == 1 for _, completions in groups)
     attention = (part_RL >= 0).long() if alone else _attention(part_RL)
     predictor_M = torch.tensor(predictors, dtype=torch.long)
-    return Packed(pad(ids, 0, "right"), pad(positions, 0, "right"), attention, predictor_M)
+    return pad(ids, 0, "right"), pad(positions, 0, "right"), attention, predictor_M, None
 
 
 def _attention(part_RL: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def token_logprobs(
         logp_NT: float32 (float64 for a float64 model), differentiable, exactly 0 on padding.
         entropy_NT: in nats; without gradient unless `entropy="gradient"`; all 0 with "none", which saves time.
     """
-    packed, mask_NT = pack(rows, policy.layout), rows.mask_NT
+    packed = pack(rows, policy.layout)
     backbone, logits_of = backbone_and_head(policy.model, policy.split_head)
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -40,11 +40,12 @@ def token_logprobs(
             inputs = {"input_ids": packed.ids_RL, "attention_mask": packed.attention}
             hidden_RLD = backbone(**inputs, position_ids=packed.position_RL, use_cache=False).last_hidden_state
         hidden_MD = hidden_RLD.flatten(0, 1).index_select(0, packed.predictor_M)  # prompts and padding skip the head
-        return _scores(logits_of, hidden_MD, rows.completion_NT[mask_NT], policy, temperature, entropy)
+        return _scores(logits_of, hidden_MD, packed.token_M, policy, temperature, entropy)
 
-    logp_M, entropy_M = in_one_pass(policy.model, compute)
-    nothing_NT = torch.zeros(mask_NT.shape, dtype=logp_M.dtype, device=logp_M.device)
-    return nothing_NT.masked_scatter(mask_NT, logp_M), nothing_NT.masked_scatter(mask_NT, entropy_M)
+    scores = in_one_pass(policy.model, compute)
+    shape, place_M = rows.completion_NT.shape, packed.place_M
+    logp_NT, entropy_NT = (score_M.new_zeros(shape.numel()).index_copy(0, place_M, score_M) for score_M in scores)
+    return logp_NT.view(shape), entropy_NT.view(shape)
 
 
 def _scores(

@@ -84,8 +84,9 @@ class OffloadedAdamW:
         """Where a piece's moments are between steps; at first zeros."""
         if self.file is not None:
             return _mapped(self.file, self.offsets[number, piece], 2 * part.numel(), part.dtype)
-        if (number, piece) not in self.kept:  # pinned, so that a GPU copies from and to them without a detour
-            self.kept[number, piece] = torch.zeros(2 * part.numel(), dtype=part.dtype, pin_memory=part.is_cuda)
+        if (number, piece) not in self.kept:
+            pinned = part.device.type != "cpu"  # so that a GPU copies from and to them without a detour
+            self.kept[number, piece] = torch.zeros(2 * part.numel(), dtype=part.dtype, pin_memory=pinned)
         return self.kept[number, piece]
 
     def tensors(self) -> dict[str, Tensor]:

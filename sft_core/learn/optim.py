@@ -91,7 +91,7 @@ class Optimizer(Recovery, Saved):
         """Add the loss's gradient, times the scaler's factor, to `.grad`."""
         if not self.counts:
             loss = loss * 0
-        self.loss = self.loss.to(loss.device) + loss.detach()
+        self.loss = self.loss + loss.detach()
         self.scaler.scale(loss).backward()
 
     def clip_and_step(self) -> tuple[float, bool]:

@@ -21,11 +21,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sft_core.learn import ranks
+from sft_core.model.sending import sent
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class Rows:
         position_T = torch.arange(self.completion_NT.shape[1], device=self.ids_NL.device)
         return position_T < self.completion_len_N[:, None]
 
+    @cached_property
+    def lists(self) -> list[tuple[list[int], list[int]]]:
+        """Each row's prompt and completion without padding; read from the device once, also for the rows' parts."""
+        lengths_N2, P = torch.stack([self.prompt_len_N, self.completion_len_N], dim=1), self.prompt_width
+        table = torch.cat([lengths_N2, self.ids_NL], dim=1).tolist()
+        return [(ids[P - before : P], ids[P : P + after]) for before, after, *ids in table]
+
     def prompt_ids(self) -> list[list[int]]:
         """Each row's prompt without padding."""
-        lengths, ids_NP = self.prompt_len_N.tolist(), self.ids_NL[:, : self.prompt_width].tolist()
-        return [ids[len(ids) - length :] for ids, length in zip(ids_NP, lengths, strict=True)]
+        return [prompt for prompt, _ in self.lists]
 
     def completion_ids(self) -> list[list[int]]:
         """Each row's completion without padding.
@@ -78,12 +86,14 @@ class Rows:
         >>> rows.prompt_ids(), rows.completion_ids()
         ([[5, 6], [7]], [[8, 2], [2]])
         """
-        lengths = self.completion_len_N.tolist()
-        return [ids[:length] for ids, length in zip(self.completion_NT.tolist(), lengths, strict=True)]
+        return [completion for _, completion in self.lists]
 
     def to(self, device: torch.device) -> Rows:
-        ids_NL, prompt_len_N = self.ids_NL.to(device), self.prompt_len_N.to(device)
-        return Rows(ids_NL, prompt_len_N, self.completion_len_N.to(device), self.prompt_width)
+        """These rows, which are on the CPU, on the device as well: what they are is known here without asking there."""
+        ids_NL, prompt_len_N = sent(self.ids_NL, device), sent(self.prompt_len_N, device)
+        there = Rows(ids_NL, prompt_len_N, sent(self.completion_len_N, device), self.prompt_width)
+        vars(there)["lists"] = self.lists
+        return there
 
     def without_completions(self, left_out_N: Tensor) -> Rows:
         """The same rows, some of them with a completion of length 0: their tokens become padding."""
@@ -93,9 +103,12 @@ class Rows:
         """Rows start to stop - 1, cut to their own longest prompt and completion, so that a micro-batch computes no
         padding of longer rows."""
         prompt_len_N, completion_len_N = self.prompt_len_N[start:stop], self.completion_len_N[start:stop]
-        width, T = int(prompt_len_N.max()), max(1, int(completion_len_N.max()))
+        lists = self.lists[start:stop]
+        width, T = max(len(prompt) for prompt, _ in lists), max(1, *(len(completion) for _, completion in lists))
         ids_NL = self.ids_NL[start:stop, self.prompt_width - width : self.prompt_width + T]
-        return Rows(ids_NL, prompt_len_N, completion_len_N, width)
+        part = Rows(ids_NL, prompt_len_N, completion_len_N, width)
+        vars(part)["lists"] = lists
+        return part
 
     def micro_batches(self, size: int | Tokens) -> Iterator[tuple[slice, Rows]]:
         """Cut into micro-batches of at most `size`: of as many rows, the last may have fewer (`size` need not divide
@@ -174,12 +187,10 @@ class Rows:
 
     def tokens(self, padded: bool) -> Callable[[int, int], int]:
         """How many tokens rows start to stop - 1 are; see `Tokens`."""
-        P, T = self.prompt_len_N.tolist(), self.completion_len_N.tolist()
+        P, T = [len(prompt) for prompt, _ in self.lists], [len(completion) for _, completion in self.lists]
         if padded:
             return lambda start, stop: (stop - start) * (max(P[start:stop]) + max(T[start:stop]))
-        prompt_NP = self.ids_NL[:, : self.prompt_width]
-        as_before = (prompt_NP[1:] == prompt_NP[:-1]).all(dim=1) & (self.prompt_len_N[1:] == self.prompt_len_N[:-1])
-        again = [False, *as_before.tolist()]
+        again = [False, *(own == before for (before, _), (own, _) in itertools.pairwise(self.lists))]
         own = (t + (0 if shared else p) for p, t, shared in zip(P, T, again, strict=True))
         until = list(itertools.accumulate(own, initial=0))
         return lambda start, stop: until[stop] - until[start] + (P[start] if again[start] else 0)

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sft_core.model.backbone import without_adapter
+from sft_core.model.sending import sent
 from sft_core.precision import has_ampere_units
 
 # How the learner lays out a micro-batch, the fastest first. "sequence": as drawn above. "groups": a row for each prompt
@@ -63,10 +64,10 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         batches = (
-            batch._replace(before_N=None if batch.before_N is None else batch.before_N.to(device))
+            batch._replace(before_N=None if batch.before_N is None else sent(batch.before_N, device))
             for batch in self.batches
         )
-        at = (self.query_at.to(device), self.key_at.to(device), self.place_S.to(device))
+        at = (sent(self.query_at, device), sent(self.key_at, device), sent(self.place_S, device))
         return Segments(tuple(batches), *at)
 
 
@@ -94,6 +95,9 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
     """What a model's layers of one kind (full, sliding) get as their mask."""
     cut = _present.get()
     if cut is None:
+        # A mask while tokens are decoded: rows are padded (`generate` has looked); nobody looks again at each token.
+        decoding = named.get("q_length") == 1 and named.get("attention_mask") is not None
+        named |= {"allow_is_causal_skip": False} if decoding else {}
         return sdpa_mask(*given, **named, mask_function=mask_function)  # type: ignore[misc]
     plain = _repeats_no_keys(named["device"])
     at = torch.arange(cut.longest, device=named["device"])
@@ -103,7 +107,7 @@ def _mask(*given: Any, mask_function: Callable[..., Any] = causal_mask_function,
         if before_N is None:
             causal = at[:Q, None] >= at[:K]
             seen = causal if mask_function is causal_mask_function else mask_function(0, 0, at[:Q, None], at[None, :K])
-            return None if plain and torch.equal(seen, causal) else seen[None, None]
+            return None if plain and (seen is causal or torch.equal(seen, causal)) else seen[None, None]
         seen = mask_function(0, 0, (before_N[:, None] + at[:Q])[:, :, None], at[None, None, :K])
         return seen[:, None]  # type: ignore[no-any-return]
 

@@ -61,8 +61,8 @@ BUGS = [
         36,
         "one seed on all ranks",
         "eval/samples.py",
-        "return self.uniform_NT[place_N1, column_NT] if",
-        "return self.uniform_NT[place_N1 - place_N1.min(), column_NT] if",
+        "= self.uniform_NT[place_N1, column_NT] if",
+        "= self.uniform_NT[place_N1 - place_N1.min(), column_NT] if",
         "All ranks draw by the same numbers, so that their completions of a prompt would be copies, and the batch is "
         "an N-th of what it seems.",
         (EQUAL,),
@@ -85,11 +85,11 @@ BUGS = [
         36,
         "a rank without completions leaves the exchange out",
         "eval/samples.py",
-        """        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+        """        drawn = (list(mine), self.completion_NT[mine], self.logp_NT[mine].cpu())
 """,
         """        if not mine:
             return
-        drawn = (list(mine), self.completion_NT[mine].cpu(), self.logp_NT[mine].cpu())
+        drawn = (list(mine), self.completion_NT[mine], self.logp_NT[mine].cpu())
 """,
         "Where there are fewer prompts than ranks, the others wait for ever, or take its next message for this one.",
         (f"{RUNS}test_a_run_of_ranks_leaves_what_one_process_leaves",),

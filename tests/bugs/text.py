@@ -114,7 +114,7 @@ BUGS = [
         17,
         "completions tokenized again from their text",
         "eval/samples.py",
-        """        return Samples(rows, self.texts, self.truncated_N, logp_NT)""",
+        """        return Samples(rows, self.texts, sent(self.truncated_N, self.policy.device), logp_NT)""",
         """        ids = [self.policy.tokenizer(text).input_ids + [self.policy.eos_ids[0]] for text in self.texts]
         completion_NT = pad(ids, self.policy.pad_id, "right")
         lengths = torch.tensor([len(each) for each in ids])
