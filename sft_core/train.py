@@ -28,7 +28,7 @@ from sft_core.learn.fit import fitted
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Rows, Tokens, pack_rows
-from sft_core.learn.shards import in_parts, is_shared, whole_policy
+from sft_core.learn.shards import in_parts, passes, whole_policy
 from sft_core.learn.trust import trusted_learner
 from sft_core.model.policy import Policy, is_adapted, load_policy
 from sft_core.model.source import find_source
@@ -96,8 +96,10 @@ def heldout_loss(policy: Policy, examples: Sequence[Example], config: SFTConfig,
     """Mean negative log-probability per demonstration token on held-out problems."""
     rows = encode_demonstrations(policy, examples, config)
     policy.model.eval()
-    passes = rows.passes(size, is_shared(policy.model))
-    totals = [counts * float(token_logprobs(policy, micro, entropy="none")[0].sum()) for _, micro, counts in passes]
+    totals = [
+        counts * float(token_logprobs(policy, micro, entropy="none")[0].sum())
+        for _, micro, counts in passes(rows, size, policy.model)
+    ]
     policy.model.train()
     return -sum(ranks.gathered(sum(totals), "held-out loss")) / float(rows.completion_len_N.sum())
 

@@ -19,7 +19,7 @@ from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
 from sft_core.learn.rows import LARGEST, Rows, Tokens
-from sft_core.learn.shards import is_shared, sums_of_means, whole
+from sft_core.learn.shards import is_shared, passes, sums_of_means, whole
 from sft_core.model.policy import Policy
 
 Learned = TypeVar("Learned")
@@ -39,7 +39,7 @@ class Optimizer(Recovery, Saved):
         self.micro_batch = micro_batch or config.micro_batch or LARGEST
         if isinstance(self.micro_batch, Tokens):
             self.micro_batch = replace(self.micro_batch, padded=policy.layout == "rows")
-        self.shared, self.counts = is_shared(policy.model), True
+        self.model, self.shared, self.counts = policy.model, is_shared(policy.model), True
         self.max_skipped = config.max_skipped
         self.max_grad_norm = config.max_grad_norm or float("inf")
         self.adamw = torch.optim.AdamW(
@@ -82,7 +82,7 @@ class Optimizer(Recovery, Saved):
     def _pass(self, rows: Rows, learn: Callable[[slice, Rows], Learned]) -> list[Learned]:
         learned: list[Learned] = []
         with ranks.at_once("gradients") if self.shared else nullcontext():
-            for at, micro, counts in rows.passes(self.micro_batch, self.shared):
+            for at, micro, counts in passes(rows, self.micro_batch, self.model):
                 self.counts = counts
                 learned += [learn(at, micro)][:counts]
         return learned

@@ -114,17 +114,8 @@ class Rows:
         """Cut into micro-batches of at most `size`: of as many rows, the last may have fewer (`size` need not divide
         N); or of as many tokens, about equally many in each. A row of more tokens than that is one by itself.
         Under torchrun: those of this rank's part, all parts having about as many tokens."""
-        for start, stop in itertools.pairwise(self._ends_within(self.part(ranks.rank(), ranks.world()), size)):
+        for start, stop in itertools.pairwise(self.ends(self.part(ranks.rank(), ranks.world()), size)):
             yield slice(start, stop), self.cut(start, stop)
-
-    def passes(self, size: int | Tokens, at_once: bool) -> Iterator[tuple[slice, Rows, bool]]:
-        """The micro-batches, and whether each counts: where all ranks pass theirs `at_once`, one with fewer of them
-        than another passes its last again."""
-        mine = list(self.micro_batches(size))
-        most = max(len(self._ends_within(self.part(i, ranks.world()), size)) - 1 for i in range(ranks.world()))
-        again = mine[-1] if mine else (slice(0, 1), self.cut(0, 1))
-        yield from ((*each, True) for each in mine)
-        yield from ((*again, False) for _ in range(most - len(mine) if at_once else 0))
 
     def gathered(self, found_NT: Tensor, phase: str) -> Tensor:
         """(N, ...) of which each rank has found its part of the rows: all of it."""
@@ -158,14 +149,13 @@ class Rows:
         count = len(ends) - 1
         return {"micro_batches": count, "micro_batch_fill": sum(map(held, ends, ends[1:])) / (count * most)}
 
-    def _ends_within(self, part: range, size: int | Tokens) -> list[int]:
-        """`_ends` in a part of the rows."""
+    def ends(self, part: range, size: int | Tokens) -> list[int]:
+        """Where micro-batches of this size begin in a part of the rows, and where the last ends."""
         if len(part) in (0, len(self)):
             return self._ends(size) if part else [0]
         return [part.start + end for end in self.cut(part.start, part.stop)._ends(size)]
 
     def _ends(self, size: int | Tokens) -> list[int]:
-        """Where micro-batches of this size begin, and where the last ends."""
         if isinstance(size, int):
             return [*range(0, len(self), size), len(self)]
         tokens, N = self.tokens(size.padded), len(self)

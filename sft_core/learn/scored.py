@@ -11,7 +11,7 @@ from torch import Tensor
 from sft_core.learn import ranks
 from sft_core.learn.logprobs import token_logprobs
 from sft_core.learn.rows import Rows, Tokens
-from sft_core.learn.shards import is_shared
+from sft_core.learn.shards import is_shared, passes
 from sft_core.model.policy import Policy
 
 
@@ -24,9 +24,8 @@ def scored(
     rank scores its part of the rows, and all get all."""
     logp_NT = torch.zeros_like(rows.completion_NT, dtype=policy.logp_dtype)
     entropy_NT = torch.zeros_like(logp_NT)
-    shared = is_shared(policy.model)
-    with ranks.at_once("scores") if shared else nullcontext():
-        for at, micro, _ in rows.passes(micro_batch, shared):
+    with ranks.at_once("scores") if is_shared(policy.model) else nullcontext():
+        for at, micro, _ in passes(rows, micro_batch, policy.model):
             cut = (at, slice(micro.completion_NT.shape[1]))
             logp_NT[cut], entropy_NT[cut] = token_logprobs(policy, micro, temperature, entropy)
     logp_NT, entropy_NT = rows.gathered(logp_NT, "scores"), rows.gathered(entropy_NT, "scores")

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from sft_core.config import OptimConfig
 from sft_core.learn import ranks
+from sft_core.learn.rows import Rows, Tokens
 from sft_core.model.backbone import without_adapter
 from sft_core.model.half import half_twin, halve
 from sft_core.model.policy import Policy
@@ -72,6 +73,17 @@ def in_one_pass(model: Any, compute: Callable[[], T]) -> T:
     if not torch.is_grad_enabled():
         model.reshard()  # what a backward pass would do
     return computed
+
+
+def passes(rows: Rows, size: int | Tokens, model: Any) -> Iterator[tuple[slice, Rows, bool]]:
+    """This rank's micro-batches, and whether each counts: since all ranks pass theirs at the same time where weights
+    are shared out, one with fewer of them than another passes its last again."""
+    mine = list(rows.micro_batches(size))
+    yield from ((*each, True) for each in mine)
+    if is_shared(model):
+        most = max(len(rows.ends(rows.part(i, ranks.world()), size)) - 1 for i in range(ranks.world()))
+        again = mine[-1] if mine else (slice(0, 1), rows.cut(0, 1))
+        yield from ((*again, False) for _ in range(most - len(mine)))
 
 
 def sums_of_means(parameters: Iterable[Parameter]) -> None:

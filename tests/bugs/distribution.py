@@ -194,8 +194,8 @@ BUGS = [
     Mutation(
         36,
         "a rank with fewer micro-batches gathers fewer weights",
-        "sft_core/learn/rows.py",
-        "range(most - len(mine) if at_once else 0)",
+        "sft_core/learn/shards.py",
+        "range(most - len(mine))",
         "range(0)",
         "The others wait for it in the middle of a pass, or take the weights that it gathers next for these.",
         (IN_PARTS,),
