@@ -19,7 +19,7 @@ from sft_core.learn.moments import Saved
 from sft_core.learn.offload import OffloadedAdamW
 from sft_core.learn.recovery import Recovery
 from sft_core.learn.rows import LARGEST, Rows, Tokens
-from sft_core.learn.shards import is_shared, passes, sums_of_means, whole
+from sft_core.learn.shards import is_shared, passes, whole
 from sft_core.model.policy import Policy
 
 Learned = TypeVar("Learned")
@@ -74,8 +74,8 @@ class Optimizer(Recovery, Saved):
         torchrun each rank does so on its part of them, and the gradients are added up."""
         self.learned = (rows, learn)
         learned = self._until_it_fits(lambda: self._pass(rows, learn), rows)
-        add_up = sums_of_means if self.shared else ranks.add_up_gradients
-        add_up(self.parameters)
+        if not self.shared:
+            ranks.add_up_gradients(self.parameters)
         self.loss = ranks.whole(self.loss, "loss")
         return [each for part in ranks.gathered(learned, "what was learned") for each in part]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -44,7 +44,7 @@ def in_parts(policy: Policy, config: OptimConfig) -> Policy:
 
 def share_out(model: Any) -> None:
     """Keep this rank's part of the weights. Each layer's are gathered by themselves, and so are those around them."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     names = without_adapter(model)._no_split_modules or []
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -53,6 +53,10 @@ def share_out(model: Any) -> None:
         if type(module).__name__ in names and all(uses[id(p)] == 1 for p in module.parameters()):
             fully_shard(module)
     fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # gradients are sums, not means (which gloo in torch 2.8 does not know)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     model.computing = MethodType(lambda model, compute: compute(), model)
     register_fsdp_forward_method(model, "computing")
 
@@ -84,14 +88,6 @@ def passes(rows: Rows, size: int | Tokens, model: Any) -> Iterator[tuple[slice, 
         most = max(len(rows.ends(rows.part(i, ranks.world()), size)) - 1 for i in range(ranks.world()))
         again = mine[-1] if mine else (slice(0, 1), rows.cut(0, 1))
         yield from ((*again, False) for _ in range(most - len(mine)))
-
-
-def sums_of_means(parameters: Iterable[Parameter]) -> None:
-    """Make the means over ranks that FSDP's backward passes leave as gradients sums. (Losses that are larger by the
-    number of ranks would do so, too, and overflow earlier in half precision.)"""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad *= ranks.world()
 
 
 def whole(tensor: Tensor) -> Tensor:
