@@ -148,7 +148,7 @@ def check(world: int, parallel: str, alone: dict[str, dict[str, Any]], tmp_path:
     codes = together(world, partial(save_all_found, tmp_path, parallel), tmp_path)
     assert codes == [0] * world, (tmp_path / "0.err").read_text()
     of_rank = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    # AdamW of torch 2.8 rounds parts in another way; the first gradient comes before it.
+    # With torch 2.8 AdamW steps of parts are 1e-7 off; the first gradient comes before any.
     rounds = parallel == "fsdp" and torch.__version__.startswith("2.8.")
     for name, expected in alone.items():
         for these in (result[name] for result in of_rank):
@@ -157,8 +157,8 @@ def check(world: int, parallel: str, alone: dict[str, dict[str, Any]], tmp_path:
             assert torch.equal(these["advantages"], expected["advantages"]), name
             assert torch.equal(these["random"], expected["random"]), name
             for update, (gradient, its) in enumerate(zip(these["gradients"], expected["gradients"], strict=True)):
-                assert largest(gradient, its) < (1e-8 if rounds and update else 1e-12), name
+                assert largest(gradient, its) < (1e-6 if rounds and update else 1e-12), name
             # AdamW divides a gradient by its own size, so rounding counts for more where that is small.
-            assert largest(these["weights"], expected["weights"]) < (1e-7 if rounds else 1e-10), name
+            assert largest(these["weights"], expected["weights"]) < (1e-5 if rounds else 1e-10), name
             for line, its in zip(these["log"], expected["log"], strict=True):
                 assert line == pytest.approx(its, rel=1e-6, abs=1e-6), name  # the sampler's part is float32
