@@ -177,6 +177,23 @@ def test_a_gradient_that_overflows_on_one_rank_halves_the_loss_scale_of_all(tmp_
     in_ranks(2, check, tmp_path)
 
 
+def test_after_a_pass_that_counts_for_nothing_gradients_count_again(tmp_path: Path) -> None:
+    """Of five rows rank 0 has two, and passes one micro-batch less than rank 1."""
+
+    def check() -> None:
+        policy, optimizer = in_ways()
+        optimizer.micro_batch = 1
+        rows = ROWS.cut(0, 5)
+        learned = optimizer.accumulate(rows, learning(policy, optimizer))
+        assert learned == [0, 1, 2, 3, 4]
+        assert len(rows.part(0, 2)) == 2 and len(rows.part(1, 2)) == 3
+        optimizer.loss = torch.zeros(())
+        optimizer.backward(sum((whole(p) * 0).sum() for p in optimizer.parameters[:1]) + 1.0)
+        assert optimizer.loss == 1
+
+    in_ranks(2, check, tmp_path)
+
+
 def test_memory_that_runs_out_on_one_rank_ends_all(tmp_path: Path) -> None:
     """The others wait for it in the middle of a pass, which it cannot repeat alone."""
 

@@ -85,6 +85,7 @@ class Optimizer(Recovery, Saved):
             for at, micro, counts in passes(rows, self.micro_batch, self.model):
                 self.counts = counts
                 learned += [learn(at, micro)][:counts]
+        self.counts = True
         return learned
 
     def backward(self, loss: torch.Tensor) -> None:
