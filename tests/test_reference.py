@@ -134,10 +134,12 @@ def test_the_base_model_without_the_sft_adapter_is_not_the_reference(tmp_path: P
 def test_holding_and_asking_a_reference_changes_nothing_about_the_policy(kind: str, tmp_path: Path) -> None:
     policy = start(kind, tmp_path)
     rows, trainable = random_rows(policy), [name for name, _ in policy.trainable()]
-    before = weights(policy)
-    expected = scored(policy, rows)
     reference = Reference(policy)
     assert [name for name, _ in policy.trainable()] == trainable
+    with torch.no_grad():
+        for _, weight in policy.trainable():
+            weight.mul_(0.5)  # or the reference would give the policy's numbers
+    before, expected = weights(policy), scored(policy, rows)
     reference.logprobs(rows, 1.0, micro_batch=2)
     assert [name for name, _ in policy.trainable()] == trainable
     assert torch.equal(scored(policy, rows), expected)
