@@ -40,10 +40,13 @@ def several(question: Question, network: float) -> str:
 
 def _cells(question: Question, way: str, count: int, network: float) -> list[str]:
     config = replace(question.config, parallel=way)
-    peak = replace(question, config=config, ranks=count).plan.peak
-    fits = peak <= 0.95 * question.where.memory
+    each = replace(question, config=config, ranks=count)
     compute, exchange = seconds(replace(question, config=config), count, network)
-    return [f"{peak / GB:.1f}{'' if fits else ' *'}", f"{compute + exchange:.3g}", _share(exchange, compute)]
+    return [
+        f"{each.plan.peak / GB:.1f}{'' if each.fits else ' *'}",
+        f"{compute + exchange:.3g}",
+        _share(exchange, compute),
+    ]
 
 
 def seconds(question: Question, count: int, network: float) -> tuple[float, float]:

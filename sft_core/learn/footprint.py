@@ -157,7 +157,8 @@ def of_a_rank(config: Settings, shapes: Shapes, moments: dict[str, Items], count
     around the layers, with their gradients; while sampling all weights. It begins with all weights, too."""
     if config.parallel != "fsdp" or count == 1:
         return moments
-    found: dict[str, Items] = {}
+    start = next({item: items[item] for item in ("process", "weights")} for items in moments.values())
+    found: dict[str, Items] = {"the start": start}
     around = shapes.base - shapes.layers * shapes.layer
     trained = around + shapes.layer if shapes.embedding_trained else 0
     for name, items in moments.items():
@@ -168,8 +169,7 @@ def of_a_rank(config: Settings, shapes: Shapes, moments: dict[str, Items], count
             rest = weights if shapes.adapter or not twin else SINGLE * (shapes.base - shapes.matrices)
             gathered = {"gathered": rest}
         found[name] = {item: size / count if item in IN_PARTS else size for item, size in items.items()} | gathered
-        start = {"process": items["process"], "weights": weights}
-    return {"the start": start, **found}
+    return found
 
 
 def standing(config: Settings, shapes: Shapes, half: bool, kind: str, batches: list[Batch]) -> Items:
