@@ -104,6 +104,39 @@ def test_seeds_without_variance_leave_the_interval_over_problems() -> None:
     assert ends(crossed(np.repeat(values_P[None], SEEDS, axis=0))) == pytest.approx(tuple(truth), rel=1e-9)
 
 
+def test_a_sample_by_chance_too_even_is_no_surer_than_its_seeds_or_its_problems_alone() -> None:
+    signs_SP = np.array([[1, -1, 1, -1], [-1, 1, -1, 1]]) * 0.3  # no seed's and no problem's mean moves
+    ends_S, ends_P = np.array([0.1, 0.2]), np.array([0.1, 0.2, 0.3, 0.5])
+    assert ends(crossed(ends_S[:, None] + signs_SP)) == pytest.approx(ends(paired(ends_S)))
+    assert ends(crossed(ends_P[None] + signs_SP)) == pytest.approx(ends(paired(ends_P)))
+
+
+def naive(first_SP: Any, second_RP: Any) -> tuple[float, float]:
+    """The unpaired interval from its definition: what seeds of either sample, problems and the rest add, one by one."""
+    variances, freedoms = [], []
+    for y in (first_SP, second_RP):
+        seeds, problems = y.shape
+        of_seeds = sum((y[s].mean() - y.mean()) ** 2 for s in range(seeds)) / (seeds - 1)
+        rest = sum(
+            (y[s, p] - y[s].mean() - y[:, p].mean() + y.mean()) ** 2 for s in range(seeds) for p in range(problems)
+        )
+        variances += [of_seeds / seeds, -rest / ((seeds - 1) * (problems - 1)) / (seeds * problems)]
+        freedoms += [seeds - 1, (seeds - 1) * (problems - 1)]
+    gaps = [second_RP[:, p].mean() - first_SP[:, p].mean() for p in range(first_SP.shape[1])]
+    variances.append(float(np.var(gaps, ddof=1)) / len(gaps))
+    freedoms.append(len(gaps) - 1)
+    total = sum(variances)
+    freedom = total**2 / sum(v * v / d for v, d in zip(variances, freedoms, strict=True))
+    half = stats.t.ppf(0.975, freedom) * total**0.5
+    return float(np.mean(gaps) - half), float(np.mean(gaps) + half)
+
+
+def test_the_unpaired_interval_is_its_definition() -> None:
+    draw = np.random.default_rng(5)
+    first_SP, second_RP = sample(draw, 0.1, 0.3), sample(draw, 0.2, 0.3, seeds=4)
+    assert ends(crossed_unpaired(first_SP, second_RP)) == pytest.approx(naive(first_SP, second_RP), rel=1e-9)
+
+
 def test_pairing_by_problem_is_used_when_seeds_are_not_paired() -> None:
     draw = np.random.default_rng(2)
     hard_P = draw.normal(0, 5, PROBLEMS)

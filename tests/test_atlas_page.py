@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.atlas import words
 from benchmarks.atlas.estimate import Study, agreement, study
-from benchmarks.atlas.intervals import crossed, crossed_unpaired
+from benchmarks.atlas.intervals import crossed, crossed_unpaired, paired
 from benchmarks.atlas.page import fill, report
 from benchmarks.atlas.records import CHECKS, Run, band, experiments, parsed
 from tests.atlas_records import records
@@ -81,6 +81,20 @@ def test_a_scalar_is_compared_by_seed_and_a_run_that_has_none_is_left_out(runs: 
     assert entropy and entropy.value == pytest.approx(ends_S[1] - ends_S[0]) and entropy.high < 0
     assert not np.isnan(found.values(second, "wrong length")).any()  # its last point is null
     assert found.between(first, found.results["ways", "shuffled rewards"].experiment, "steps") is None
+
+
+def test_a_seed_without_a_number_is_left_out_but_one_that_never_got_there_is_not(lines: list[dict[str, Any]]) -> None:
+    changed = copy.deepcopy(lines)
+    line = next(line for line in changed if (line["experiment"], line["seed"]) == ("mu 4", 3))
+    line["curve"]["wrong_length"] = [None] * 16
+    line["curve"]["accuracy"] = [0.2] * 16
+    found = study([Run.of(line) for line in changed])
+    first, second = (found.results["ways", name].experiment for name in ("baseline", "mu 4"))
+    length = found.between(first, second, "wrong length")
+    values = [np.delete(found.values(each, "wrong length"), 2) for each in (first, second)]
+    assert length == paired(values[1] - values[0])
+    assert found.between(first, second, "steps") is None  # the four others would make it look quick
+    assert "34 (4 of 5)" in fill("<!-- = ways/mu 4/steps --><!-- . -->", [Run.of(line) for line in changed])
 
 
 def test_steps_count_to_half_of_the_baselines_way(found: Study) -> None:

@@ -59,12 +59,18 @@ class Run:
         curve = dict(record["curve"])
         curve |= {f"rewards/{name}": values for name, values in curve.pop("rewards", {}).items()}
         return Run(
-            *(record[key] for key in ("task", "experiment", "seed", "question")),
-            tuple(record["flags"]),
-            *(record[key] for key in ("seconds", "commit", "versions", "processor")),
-            HeldOut.of(record["before"]),
-            HeldOut.of(record["after"]),
-            {name: np.array([_number(value) for value in values]) for name, values in curve.items()},
+            task=record["task"],
+            experiment=record["experiment"],
+            seed=record["seed"],
+            question=record["question"],
+            flags=tuple(record["flags"]),
+            seconds=record["seconds"],
+            commit=record["commit"],
+            versions=record["versions"],
+            processor=record["processor"],
+            before=HeldOut.of(record["before"]),
+            after=HeldOut.of(record["after"]),
+            curve={name: np.array([_number(value) for value in values]) for name, values in curve.items()},
         )
 
 
