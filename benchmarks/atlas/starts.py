@@ -8,6 +8,8 @@ rambling   worked out with some mistakes, and then copied out again, as often as
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 from pathlib import Path
@@ -36,7 +38,8 @@ def start_of(kind: str, seed: int, folder: Path) -> Path:
             flags[flags.index("{demonstrations}")] = str(demonstrations(folder / f"{kind}-{seed}.jsonl", seed))
         unfinished = run_folder.with_name(f"{run_folder.name}.unfinished")
         config = parse_config(SFTConfig, [*flags, "--output_dir", str(unfinished), "--resume"], PRESETS)
-        run(prepare(config))
+        with contextlib.redirect_stdout(io.StringIO()):
+            run(prepare(config))
         unfinished.rename(run_folder)
     return run_folder / "final"
 
