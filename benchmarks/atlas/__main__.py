@@ -15,14 +15,29 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.atlas.experiments import SEEDS, cells, experiments, named
+from benchmarks.atlas.experiments import SEEDS, Experiment, cells, experiments, named
+from benchmarks.atlas.figures import draw
+from benchmarks.atlas.page import fill, report
 from benchmarks.atlas.pool import Plan, take
+from benchmarks.atlas.records import Run
 from benchmarks.atlas.runs import read_records
 from rewards.terminal import quiet_ends, user_errors
 
 RECORDS = Path(__file__).parents[1] / "results" / "atlas" / "runs.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "atlas.md"
+# The curves that a question's panels show, where it is about more than accuracy.
+SHOWS = {
+    "entropy": ("accuracy", "entropy"),
+    "how samples are drawn": ("accuracy", "entropy"),
+    "length, with a budget that cuts": ("accuracy", "wrong_length", "truncated"),
+    "length, with a budget that suffices": ("accuracy", "right_length", "wrong_length"),
+    "rare success": ("accuracy", "flat"),
+    "two rewards": ("accuracy", "length"),
+    "samples that have become stale": ("accuracy", "entropy", "clipped"),
+}
 
 
 def main() -> int:
@@ -41,6 +56,7 @@ def main() -> int:
         "--work", type=Path, default=Path("runs/atlas"), help="where starts are kept, and runs while they last"
     )
     parser.add_argument("--dry_run", action="store_true", help="only say what would be done")
+    parser.add_argument("--page", action="store_true", help="run nothing, write tables and figures of what is recorded")
     parser.add_argument("--list", action="store_true", help="the command of each experiment")
     given = parser.parse_args()
     known = experiments()
@@ -53,13 +69,32 @@ def main() -> int:
         for each in chosen:
             print(f"{each.label}: python -m grpo_core.train {shlex.join(each.flags)}")
         return 0
-    print(plan.lines(given.processes))
-    if given.dry_run:
-        return 0
-    failed = take(plan, given.records, given.work, given.processes, given.minutes)
+    failed: list[str] = []
+    if not given.page:
+        print(plan.lines(given.processes))
+        if given.dry_run:
+            return 0
+        failed = take(plan, given.records, given.work, given.processes, given.minutes)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
+    for path in written(known, given.records):
+        print(path)
     return 1 if failed else 0
+
+
+def written(known: Sequence[Experiment], records: Path) -> list[Path]:
+    """Tables and figures beside the records, and where these are the project's own, the numbers of docs/atlas.md."""
+    labels = [each.label for each in known]
+    runs = [Run.of(record) for record in read_records(records)]
+    runs = sorted((run for run in runs if run.label in labels), key=lambda run: (labels.index(run.label), run.seed))
+    if not runs:
+        return []
+    (records.parent / "README.md").write_text(report(runs), encoding="utf-8")
+    paths = [records.parent / "README.md", *draw(runs, records.parent, SHOWS)]
+    if records == RECORDS and PAGE.is_file():
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+        paths.append(PAGE)
+    return paths
 
 
 if __name__ == "__main__":

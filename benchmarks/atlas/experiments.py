@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.atlas.records import AGAIN, BASELINE, TRL
+
 TABLE = Path(__file__).with_name("experiments.yaml")
-BASELINE, AGAIN = "baseline", "baseline again"
 REWARDS = "benchmarks.atlas.rewards"  # R in the table
 OF_ALL = "--eval_problems 256 --eval_samples 4 --eval_every 0 --show_every 0 --log_every 1 --progress False"
 SEEDS = (1, 2, 3, 4, 5)
@@ -67,6 +68,7 @@ def experiments(table: Path = TABLE) -> list[Experiment]:
                 for name, flags in each["runs"].items():
                     found.append(Experiment(task, str(name), each["question"], *base, tuple(shlex.split(flags))))
         found.append(Experiment(task, AGAIN, BASELINE, *base, ()))
+        found += [Experiment(task, TRL, TRL, *base, ())] if about.get("beside_trl") else []
     labels = [experiment.label for experiment in found]
     for label in labels:
         if labels.count(label) > 1:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.atlas.experiments import BASELINE, Cell
+from benchmarks.atlas.experiments import Cell
+from benchmarks.atlas.records import BASELINE
 from benchmarks.atlas.runs import Record, append_record, record_of
 from benchmarks.atlas.starts import start_of
 

@@ -54,6 +54,10 @@ class Run:
     after: HeldOut
     curve: Mapping[str, Any]
 
+    @property
+    def label(self) -> str:
+        return f"{self.task}/{self.experiment}"
+
     @staticmethod
     def of(record: Mapping[str, Any]) -> Run:
         curve = dict(record["curve"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.atlas.experiments import Cell
+from benchmarks.atlas.records import TRL
 from benchmarks.atlas.starts import start_of
 from benchmarks.fp16_on_cpu import FP16Products
 from eval.evaluate import Answered, read_answers
@@ -56,7 +57,7 @@ def record_of(cell: Cell, work: Path) -> Record:
         began = time.process_time()
         # fp16's roundings at a bearable speed, on a CPU that lacks fp16 products.
         with FP16Products() if config.precision == "fp16" else contextlib.nullcontext():
-            run(prepare(config))
+            log, completions = trained_by_trl(config) if experiment.name == TRL else trained(config)
     about = provenance(cell.seed)
     record = {
         "task": experiment.task,
@@ -71,10 +72,22 @@ def record_of(cell: Cell, work: Path) -> Record:
         "seconds": round(time.process_time() - began, 1),
         "before": held_out(folder, 0),
         "after": held_out(folder, config.max_steps),
-        "curve": curve(read_jsonl(folder / "log.jsonl"), read_jsonl(folder / "completions.jsonl")),
+        "curve": curve(log, completions),
     }
     shutil.rmtree(folder)
     return record
+
+
+def trained(config: GRPOConfig) -> tuple[list[Record], list[Record]]:
+    """This project's run: its log and its completions."""
+    folder = run(prepare(config))
+    return read_jsonl(folder / "log.jsonl"), read_jsonl(folder / "completions.jsonl")
+
+
+def trained_by_trl(config: GRPOConfig) -> tuple[list[Record], list[Record]]:
+    from benchmarks.atlas.theirs import train_theirs  # TRL is an extra
+
+    return train_theirs(config)
 
 
 def held_out(folder: Path, step: int) -> Record:

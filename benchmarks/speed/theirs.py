@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,15 +17,17 @@ from trl import GRPOTrainer
 
 from benchmarks.memory import peak_bytes
 from benchmarks.parity.theirs import arguments
-from grpo_core import train
 from grpo_core.config import GRPOConfig
-from grpo_core.job import prepare
+from grpo_core.job import GRPOJob, prepare
 from rewards import score
 from sft_core.learn.clock import now
 from sft_core.model.allocator import keep_freed_memory
 from sft_core.model.policy import load_tokenizer
 from sft_core.precision import pick_device, pick_precision
 from sft_core.text.prompts import prompt_messages
+
+# Completions, their tokens, what they earned, the right answers.
+Sampled = Callable[[list[str], list[list[int]], list[float], list[str]], None]
 
 
 class Turns(TrainerCallback):  # type: ignore[misc]
@@ -33,6 +36,10 @@ class Turns(TrainerCallback):  # type: ignore[misc]
     def __init__(self, connection: Connection, device: torch.device) -> None:
         self.connection, self.device = connection, device
         self.seen: dict[str, Any] = {}
+
+    def sampled(self, completions: list[str], ids: list[list[int]], rewards: list[float], answers: list[str]) -> None:
+        self.seen["tokens"] = sum(map(len, ids))
+        self.seen["reward"] = sum(rewards) / len(rewards)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.connection.recv() is None:
@@ -53,29 +60,9 @@ def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocat
     if same_allocator:
         keep_freed_memory()
     job = prepare(config)
-    device = pick_device(config.device)
-    turns = Turns(connection, device)
-    rows = config.prompts_per_step * config.group_size
+    turns = Turns(connection, pick_device(config.device))
     with tempfile.TemporaryDirectory() as output:
-        trainer = GRPOTrainer(
-            model=config.model,
-            processing_class=load_tokenizer(job.source),
-            reward_funcs=[_reward(job, turns)],
-            train_dataset=_dataset(job),
-            args=TRLConfig(
-                **arguments(config, accumulation=-(-rows // config.micro_batch)) | _like(config, device),
-                output_dir=output,
-                max_steps=config.max_steps,
-                warmup_steps=round(config.warmup_ratio * config.max_steps),
-                seed=config.seed,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=10**6,
-                disable_tqdm=True,
-                shuffle_dataset=False,  # the problems come in this project's order
-            ),
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = trainer_of(job, output, turns.sampled)
         trainer.add_callback(turns)
         with_timer(trainer, turns)
         connection.send({"ready": True})
@@ -83,6 +70,35 @@ def serve(connection: Connection, config: GRPOConfig, threads: int, same_allocat
             trainer.train()
         except KeyboardInterrupt:
             return
+
+
+def trainer_of(job: GRPOJob, output: str, sampled: Sampled, **more: Any) -> GRPOTrainer:
+    """TRL's trainer with the settings of this project's job. `sampled` is told of each batch of completions; `more` are
+    TRL's own arguments."""
+    config = job.config
+    rows = config.prompts_per_step * config.group_size
+    own = {
+        **arguments(config, accumulation=-(-rows // config.micro_batch)),
+        **_like(config, pick_device(config.device)),
+        "output_dir": output,
+        "max_steps": config.max_steps,
+        "warmup_steps": round(config.warmup_ratio * config.max_steps),
+        "seed": config.seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 10**6,
+        "disable_tqdm": True,
+        "shuffle_dataset": False,  # the problems come in this project's order
+    }
+    trainer = GRPOTrainer(
+        model=config.model,
+        processing_class=load_tokenizer(job.source),
+        reward_funcs=[_reward(job, sampled)],
+        train_dataset=_dataset(job),
+        args=TRLConfig(**own | more),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _like(config: GRPOConfig, device: torch.device) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def _like(config: GRPOConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _dataset(job: train.GRPOJob) -> Dataset:
+def _dataset(job: GRPOJob) -> Dataset:
     """The problems that this project's side meets, in its order."""
     config, tokenizer = job.config, load_tokenizer(job.source)
     examples = job.task.draw(0, config.max_steps * config.prompts_per_step, config.seed)
@@ -115,16 +131,15 @@ def _dataset(job: train.GRPOJob) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, **columns})
 
 
-def _reward(job: train.GRPOJob, turns: Turns) -> Any:
-    """This project's weighted sum of rewards as one TRL reward function, which also notes what was sampled."""
+def _reward(job: GRPOJob, sampled: Sampled) -> Any:
+    """This project's weighted sum of rewards as one TRL reward function, which also tells what was sampled."""
 
     def total(prompts: Any, completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         known = {name: columns[name] for name in ("question", "answer", "solution")}
         known["completion_ids"] = completion_ids
         known["max_completion_tokens"] = [job.config.max_completion_tokens] * len(completions)
         totals = score(job.rewards, known["question"], completions, known).total
-        turns.seen["tokens"] = sum(map(len, completion_ids))
-        turns.seen["reward"] = sum(totals) / len(totals)
+        sampled(completions, completion_ids, list(totals), known["answer"])
         return list(totals)
 
     return total
