@@ -29,7 +29,8 @@ GROUPS = {
     "optimizer": "lr max_steps epochs batch_size | lr_schedule warmup_ratio adam_beta1 adam_beta2 adam_epsilon "
     "weight_decay max_grad_norm max_skipped seed deterministic",
     "memory and speed": "micro_batch gradient_checkpointing | memory parallel offload_optimizer use_4bit "
-    "eval_batch_size share_prompts logit_chunk rows_leave half_copies keep_freed_memory",
+    "eval_batch_size share_prompts logit_chunk rows_leave decoding half_copies "
+    "keep_freed_memory",
     "run folder": "output output_dir append_to zip resume dry_run | push_to_hub private overwrite log_every eval_every "
     "save_every keep_last tensorboard track progress record_tokens show_every rank_timeout",
 }

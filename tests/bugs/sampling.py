@@ -44,9 +44,9 @@ BUGS = [
     Mutation(
         6,
         "transformers' own top-k of 50",
-        "eval/sampling.py",
-        "    if sampling.top_k:\n        cuts.append(TopKLogitsWarper(sampling.top_k))",
-        "    if True:\n        cuts.append(TopKLogitsWarper(sampling.top_k or 50))",
+        "eval/draw.py",
+        "    if sampling.top_k:\n        found.append(TopKLogitsWarper(sampling.top_k))",
+        "    if True:\n        found.append(TopKLogitsWarper(sampling.top_k or 50))",
         "What `generate` does unless told otherwise in many releases: everything but the 50 likeliest tokens is cut "
         "off, while the learner scores the uncut distribution.",
         (f"{SAMPLING}test_tokens_are_drawn_from_the_whole_vocabulary",),
@@ -116,7 +116,7 @@ BUGS = [
     Mutation(
         16,
         "use_cache is off",
-        "eval/sampling.py",
+        "eval/around.py",
         "    config.use_cache = policy.cached\n",
         "    config.use_cache = False\n",
         "Training code sets it against a warning; left so, every token recomputes the whole prefix. Nothing is wrong "
