@@ -176,7 +176,7 @@ FREE_ON_RESUME = (
     *LENGTH,
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
-    *("record_tokens", "rank_timeout"),
+    *("record_tokens", "rank_timeout", "vllm_memory"),
     *(
         "max_skipped",
         "micro_batch",
