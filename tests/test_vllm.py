@@ -118,7 +118,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
 
 
 def test_a_run_with_vllms_numbers_is_a_run_with_the_default_sampler(policy: Policy) -> None:
-    config = grpo_config(beta=0.1, mu=2, lr=1e-2)
+    config = grpo_config(beta=0.1, mu=2)
     expected_policy = replace(policy, model=tiny_policy().model)
     expected = learner(expected_policy, config)
     with_vllm = replace(config, vllm=True)
@@ -127,7 +127,7 @@ def test_a_run_with_vllms_numbers_is_a_run_with_the_default_sampler(policy: Poli
         one, other = step(found), step(expected)
         assert completions(one.rollout.samples) == completions(other.rollout.samples)
         assert one.rollout.samples.texts == other.rollout.samples.texts
-        torch.testing.assert_close(one.rollout.samples.logp_NT, other.rollout.samples.logp_NT, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.rollout.samples.logp_NT, other.rollout.samples.logp_NT, rtol=0, atol=1e-4)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     for own, theirs in zip(policy.model.parameters(), expected_policy.model.parameters(), strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=1e-4)
