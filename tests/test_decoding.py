@@ -102,8 +102,10 @@ def test_what_a_model_cannot_do_it_need_not_do_here(way: str, changes: dict[str,
 
 
 @ways
-def test_under_autocast_it_is_the_half_precision_of_the_sampler(way: str) -> None:
-    policy = ends_often(tiny_policy(precision="bf16"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_it_is_the_half_precision_of_the_sampler(family: Family, way: str) -> None:
+    """Rotary positions make keys float32 beside values in bf16; without them both are bf16."""
+    policy = ends_often(tiny_policy(family, precision="bf16"))
     found, expected = drawn(policy, way, Sampling(6, 0.8)), drawn(policy, "segments", Sampling(6, 0.8))
     same = [a == b for a, b in zip(completions(found), completions(expected), strict=True)]
     assert sum(same) > len(same) / 2
@@ -223,6 +225,23 @@ def test_continuous_batching_that_fails_is_done_without(
     assert trusted_sampler(replace(tiny_policy(), decoding="paged")).decoding == "segments"
     said = capsys.readouterr().err
     assert "no pages" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not OF_NEW_TOKENS, reason="needs a later release of transformers")
+def test_a_way_that_draws_other_tokens_by_the_same_numbers_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = paged.PagedDraw.__call__
+
+    def by_others(draw: Any, *given: Any) -> Any:
+        kept, draw.uniform = draw.uniform, 1 - draw.uniform  # noted right, drawn by nobody's numbers
+        marked = call(draw, *given)
+        draw.uniform = kept
+        return marked
+
+    monkeypatch.setattr(paged.PagedDraw, "__call__", by_others)
+    assert trusted_sampler(replace(tiny_policy(), decoding="paged")).decoding == "segments"
+    assert capsys.readouterr().err.startswith("sampler without paged decoding: ")
 
 
 def test_on_a_gpu_that_can_a_pass_is_compiled_and_elsewhere_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
