@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from sft_core.model.policy import Policy
+
 
 def equal_lengths(prompts: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[int]]:
     """These prompts' places, those of equal lengths together.
@@ -33,3 +35,11 @@ def ready_to_generate(model: Any) -> Iterator[None]:
     finally:
         model.generation_config = shipped
         model.train(was_training)
+
+
+def generation_config(policy: Policy, tokens: int) -> GenerationConfig:
+    """All of `generate`'s settings: the most probable token, or the one that `Draw` marks. The model's own (repetition
+    penalty, top-k, top-p) are not inherited."""
+    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
+    config.use_cache = policy.cached
+    return config

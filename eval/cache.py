@@ -69,7 +69,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 def room_for(cache: DynamicCache, tokens: int, model: Any, autocast_dtype: torch.dtype | None) -> None:
     """Give the cache's layers that keep every token room for so many; others (windows, recurrent states) stay."""
-    # Autocast casts what goes into `scaled_dot_product_attention`; other attention may use keys in full precision.
-    dtype = autocast_dtype if model.config._attn_implementation in ("sdpa", NAME) else None
+    dtype = held_dtype(model, autocast_dtype)
     layers = [RoomyLayer(tokens, dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.layers = layers
+
+
+def held_dtype(model: Any, autocast_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Of keys and values in a cache; None: as they come. Autocast casts what goes into `scaled_dot_product_attention`;
+    other attention may use keys in full precision."""
+    return autocast_dtype if model.config._attn_implementation in ("sdpa", NAME) else None

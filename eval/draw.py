@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from eval.samples import Sampling
 
 BLOCK = 512  # words
 
@@ -46,6 +48,18 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
     def pick(self, weight_NV: Tensor, uniform_N1: Tensor) -> Tensor:
         """token_N1, by these weights."""
         return token_at(weight_NV, uniform_N1)
+
+
+def cuts(sampling: Sampling) -> list[LogitsProcessor]:
+    """What leaves unlikely tokens out, in transformers' order."""
+    found: list[LogitsProcessor] = []
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    return found
 
 
 def block_sums(weight_NV: Tensor) -> Tensor:

@@ -19,24 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from eval.around import equal_lengths, ready_to_generate
-from eval.draw import Draw
+from eval.around import equal_lengths, generation_config, ready_to_generate
+from eval.decoding.compiled import fill_compiled, model_to_decode
+from eval.decoding.paged import fill_paged
+from eval.draw import Draw, cuts
 from eval.going import Going
 from eval.samples import Ended, Samples, Sampling, Sheet, completion_lengths
 from sft_core.learn import ranks
-from sft_core.learn.shards import model_to_sample
 from sft_core.model.policy import Policy
 from sft_core.model.sending import sent
 
@@ -57,14 +48,14 @@ def sample(
     at_once = at_once or len(prompts)
     sheet = Sheet(policy, len(prompts), sampling, ended)
     with (
-        model_to_sample(policy) as model,
+        model_to_decode(policy) as model,
         torch.inference_mode(),
         ready_to_generate(model),
         policy.precision.autocast(),
     ):
         mine = _dealt(prompts)
         for batch in _batches(policy, prompts, mine, at_once):
-            _fill(sheet, policy, model, prompts, batch, at_once, sampling, streamer)
+            FILL[policy.decoding](sheet, model, prompts, batch, min(at_once, len(mine)), streamer)
     sheet.exchange(mine)
     return sheet.samples(prompts)
 
@@ -84,23 +75,25 @@ def _batches(
     take the place of a row that has ended."""
     if not places:
         return []
+    if policy.decoding == "paged":
+        return [places]  # nothing is padded, and prompts come in by themselves
     batches: list[Sequence[int]] = [places] if policy.pads else [*equal_lengths(prompts, places)]
-    if policy.pads and policy.prefill and policy.rows_leave and policy.rows_join:
+    joining = policy.decoding == "segments" and policy.rows_leave and policy.rows_join
+    if policy.pads and policy.prefill and joining:
         return batches
     return [batch[first : first + at_once] for batch in batches for first in range(0, len(batch), at_once)]
 
 
-def _fill(
+def fill_in_segments(
     sheet: Sheet,
-    policy: Policy,
     model: Any,
     prompts: Sequence[Sequence[int]],
     waiting: Sequence[int],
     at_once: int,
-    sampling: Sampling,
     streamer: TextStreamer | None,
 ) -> None:
     """Draw the completions of the prompts at the places `waiting`."""
+    policy, sampling = sheet.policy, sheet.sampling
     budget = sampling.max_completion_tokens
     going, waiting = Going.begin(policy, model, prompts, waiting[:at_once], budget), waiting[at_once:]
     while going or waiting:
@@ -110,13 +103,13 @@ def _fill(
             going = going.joined_by(fresh)
         place_N1, tokens = going.place_N[:, None], budget - int(going.drawn_N.max())
         column_NT = going.drawn_N[:, None] + torch.arange(tokens)
-        draw = Draw(sampling.temperature, sheet.numbers(place_N1, column_NT), policy.eos_ids[0], _cuts(sampling))
+        draw = Draw(sampling.temperature, sheet.numbers(place_N1, column_NT), policy.eos_ids[0], cuts(sampling))
         enough = _SomeHaveEnded(policy.eos_ids, policy.device)
         longer_NW = model.generate(
             input_ids=going.ids_NW,
             attention_mask=going.attention_NW,
             past_key_values=going.cache,
-            generation_config=_generation_config(policy, tokens),
+            generation_config=generation_config(policy, tokens),
             logits_processor=LogitsProcessorList([draw] if sampling.temperature else []),
             stopping_criteria=StoppingCriteriaList([enough] if policy.rows_leave else []),
             streamer=streamer,
@@ -129,26 +122,6 @@ def _fill(
         going.keep((~over_N).nonzero().squeeze(1))
 
 
-def _generation_config(policy: Policy, tokens: int) -> GenerationConfig:
-    """All of `generate`'s settings: the most probable token, or the one that `Draw` marks. The model's own (repetition
-    penalty, top-k, top-p) are not inherited."""
-    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id)
-    config.use_cache = policy.cached
-    return config
-
-
-def _cuts(sampling: Sampling) -> list[LogitsProcessor]:
-    """What leaves unlikely tokens out, in transformers' order."""
-    cuts: list[LogitsProcessor] = []
-    if sampling.top_k:
-        cuts.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        cuts.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        cuts.append(MinPLogitsWarper(sampling.min_p))
-    return cuts
-
-
 class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
     """Ends a segment for all of its rows once one in LEAVING has ended."""
 
@@ -159,3 +132,6 @@ class _SomeHaveEnded(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.ended_N = self.ended_N | torch.isin(input_ids[:, -1], self.eos_ids)
         return (self.ended_N.sum() * LEAVING >= len(self.ended_N)).expand(len(self.ended_N))
+
+
+FILL = {"segments": fill_in_segments, "compiled": fill_compiled, "paged": fill_paged}  # by `Policy.decoding`

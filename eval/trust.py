@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,9 +12,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from eval.samples import Sampling
+from eval.samples import Samples, Sampling
 from eval.sampling import sample
 from sft_core.learn.trust import (
+    BOUNDS,
     TEMPERATURE,
     Way,
     exact,
@@ -25,6 +27,7 @@ from sft_core.learn.trust import (
     undisturbed,
 )
 from sft_core.model.policy import Policy, without_dropout
+from sft_core.model.segments import layouts
 
 TOKENS = 3  # that each row draws
 LEAVER = 0  # the row that is made to end with its first one
@@ -38,6 +41,7 @@ def trusted_sampler(policy: Policy) -> Policy:
     Raises:
         Refused: none of the ways to sample does.
     """
+    asked, policy = policy.decoding, replace(policy, decoding="segments")
     in_turn = replace(policy, rows_join=False)
     apart = replace(in_turn, prefill=False)
     whole = replace(apart, rows_leave=False)
@@ -62,7 +66,35 @@ def trusted_sampler(policy: Policy) -> Policy:
         return float(torch.tensor(found).max())  # NaN where one of them is
 
     with undisturbed(policy):
-        return first_that_agrees(ways, "sampler", apart_by)
+        return trusted_decoding(replace(first_that_agrees(ways, "sampler", apart_by), decoding=asked))
+
+
+def trusted_decoding(policy: Policy) -> Policy:
+    """The policy, with another way to decode than in segments only if that draws the same tokens by the same numbers,
+    notes their log-probabilities, and runs in the run's own precision, too."""
+    segments = replace(policy, decoding="segments")
+    if policy.decoding == "segments":
+        return policy
+    long, again, short = probe_rows(policy).prompt_ids()
+    prompts, sampling = [long, short, again], Sampling(TOKENS, TEMPERATURE)
+
+    def drawn_by(way: Policy) -> Samples:
+        torch.manual_seed(0)
+        return sample(way, prompts, sampling, PLACES)
+
+    def apart_by(way: Policy) -> float:
+        if way.decoding != "segments" and not (way.cached and "groups" in layouts(way.model)):
+            raise ValueError("not each of its layers keeps every token")
+        forms = list({form.precision: form for form in (exact(way), way)}.values())
+        drawn = [drawn_by(form) for form in forms]
+        off = [
+            largest_difference(samples.logp_NT, plain_logprobs(form, samples.rows, TEMPERATURE, True), samples.rows)
+            for form, samples in zip(forms, drawn, strict=True)
+        ]
+        same = drawn[0].rows.completion_ids() == drawn_by(exact(segments)).rows.completion_ids()
+        return off[0] if same and off[-1] <= BOUNDS[way.precision.autocast_dtype] else math.inf
+
+    return first_that_agrees([Way(policy), Way(segments, f"{policy.decoding} decoding")], "sampler", apart_by)
 
 
 @contextmanager

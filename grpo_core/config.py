@@ -7,6 +7,7 @@ in minutes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 from eval.samples import Sampling
@@ -179,6 +180,12 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
     min_p: float = flag(
         0.0, "sample from tokens with at least this share of the most likely token's probability; 0: all"
     )
+    vllm: bool = flag(False, "sample with vLLM on the same GPU (extra: vllm); not tried with a real vLLM yet")
+    vllm_memory: float = flag(0.3, "the part of the GPU's memory that vLLM may take (TRL)")
+    sampler_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = flag(
+        "token_truncate", "with --vllm: importance weights of tokens or completions, at most --sampler_cap or 0 above"
+    )
+    sampler_cap: float = flag(3.0, "with --vllm: the largest importance weight (TRL)")
     rewards: list[str] = flag(
         ["correctness_reward_func"], "names of reward functions, or my_module:my_reward, or file.py:my_reward"
     )
@@ -241,6 +248,8 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             "1 under --deterministic, unless --device is cpu: on CUDA no running sum of floats is deterministic",
         )
         require(0 <= self.min_p < 1, "min_p", self.min_p, "0 or more and below 1")
+        if self.vllm:
+            self._check_vllm()
         for name in ("top_k", "dynamic_sampling", "show_every", "eval_samples"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.reward_timeout <= 1e6, "reward_timeout", self.reward_timeout, "0 to 1e6; 0: no limit")
@@ -275,3 +284,14 @@ class GRPOConfig(RunConfig, ObjectiveConfig, OptimConfig, ModelConfig, TaskConfi
             self.max_steps,
             f"more than 0: the {self.task} task has no end",
         )
+
+    def _check_vllm(self) -> None:
+        require(find_spec("vllm") is not None, "vllm", True, "the vllm package: pip install '.[vllm]'")
+        require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "above 0 and below 1")
+        require(self.sampler_cap >= 1, "sampler_cap", self.sampler_cap, "1 or more")
+        for name, value in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            told = f"{value} with --vllm, whose log-probabilities are those of what is left"
+            require(getattr(self, name) == value, name, getattr(self, name), told)
+        for name in ("lora", "adapter_path", "use_4bit"):
+            require(not getattr(self, name), name, getattr(self, name), "none with --vllm, which gets all weights")
+        require(self.objective.token_loss != "vespo", "loss", "vespo", "another with --vllm")

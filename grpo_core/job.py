@@ -12,7 +12,8 @@ from grpo_core.config import GRPOConfig
 from grpo_core.dynamic import Draw, replacing_equal_groups
 from grpo_core.reference import policy_and_reference
 from grpo_core.scoring import REWARD_COLUMNS
-from grpo_core.step import Learner, sample_and_score
+from grpo_core.step import Learner, sample_and_score, sample_groups
+from grpo_core.vllm_sampler import VLLMSampler
 from rewards import Reward, check_signatures, load_rewards
 from sft_core.learn.optim import Optimizer
 from sft_core.learn.rows import Tokens
@@ -47,7 +48,8 @@ class GRPOJob:
         policy, reference = policy_and_reference(trusted(load_policy(config, source)), config)
         optimizer = Optimizer(policy, config, self.steps * config.mu, micro_batch)
         roll_out = replacing_equal_groups(more) if config.dynamic_sampling else sample_and_score
-        return Learner(config, policy, reference, self.rewards, optimizer, roll_out=roll_out)
+        sampler = VLLMSampler(policy, config) if config.vllm else sample_groups
+        return Learner(config, policy, reference, self.rewards, optimizer, sampler, roll_out)
 
 
 def prepare(config: GRPOConfig) -> GRPOJob:

@@ -143,6 +143,9 @@ def grpo_step(learner: Learner, examples: Sequence[Example]) -> StepReport:
             old_logp_NT[cut] = logp_NT.detach()
         ratio = importance_ratio(logp_NT, old_logp_NT[cut], mask_NT, config.objective.ratio_level)
         surrogate_NT = policy_loss(ratio, logp_NT, old_logp_NT[cut], mask_NT, advantage_NT[cut], config)
+        if config.vllm:
+            taken = (old_logp_NT[cut], rollout.samples.logp_NT[cut], mask_NT)
+            surrogate_NT = surrogate_NT * variants.sampler_correction(*taken, config.sampler_mode, config.sampler_cap)
         kl_NT = kl_penalty(ratio, logp_NT, ref_logp_NT[cut], config) if learner.reference else torch.zeros_like(logp_NT)
         loss = (weight_NT[cut] * (surrogate_NT + config.beta * kl_NT)).sum()
         if config.entropy_coef:

@@ -135,6 +135,21 @@ def near_policy_rows(
     return ((advantage_NT >= 0) | (drift_N1 <= threshold)).to(logp_NT.dtype)
 
 
+def sampler_correction(old_logp_NT: Tensor, sampler_logp_NT: Tensor, mask_NT: Tensor, mode: str, cap: float) -> Tensor:
+    """The policy's probability of each token, or with `sequence_` of each completion, over the sampler's: the
+    importance weight of what another program drew with the same weights. `_truncate`: at most `cap`; `_mask`: 0 above
+    it. TRL's `vllm_importance_sampling_mode` and `_clip_max` (grpo_trainer.py 1.16.0, lines 2660-2703; its default is
+    sequence_mask); 1 where the sampler has no number. (N, T), or (N, 1) for whole completions; no gradient.
+
+    >>> old_NT, sampler_NT = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+    >>> sampler_correction(old_NT, sampler_NT, torch.ones(1, 2), "token_truncate", 3.0)
+    tensor([[1., 3.]])
+    """
+    drift_NT = torch.nan_to_num((old_logp_NT - sampler_logp_NT) * mask_NT, nan=0.0)
+    ratio = (drift_NT.sum(dim=1, keepdim=True) if mode.startswith("sequence") else drift_NT).exp()
+    return ratio.clamp(max=cap) if mode.endswith("truncate") else ratio.masked_fill(ratio > cap, 0.0)
+
+
 def ended_rows(samples: Samples) -> Rows:
     """The rows to learn from: those that the model ended itself (DAPO, arXiv 2503.14476, section 3.4). A row left out
     keeps its place, with no completion token."""

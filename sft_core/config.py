@@ -53,6 +53,11 @@ class ModelConfig:
     rows_leave: bool = flag(
         True, "finished completions leave the batch, and make room for problems that wait; same distribution"
     )
+    decoding: Literal["auto", "segments", "compiled", "paged"] = flag(
+        "auto",
+        "how completions are decoded: rows leave when they end (segments), a compiled pass over a cache of fixed size, "
+        "or continuous batching (paged); same draws; auto: compiled where a GPU can, else segments",
+    )
     half_copies: bool = flag(True, "sampler and reference cast their matrices once, not per use; same numbers")
 
     keep_freed_memory: bool = flag(True, "on a Linux CPU, the process keeps freed memory for its next allocation")
@@ -171,10 +176,11 @@ FREE_ON_RESUME = (
     *LENGTH,
     *("push_to_hub", "private"),
     *("log_every", "eval_every", "save_every", "keep_last", "tensorboard", "track", "progress", "show_every"),
-    *("record_tokens", "rank_timeout"),
+    *("record_tokens", "rank_timeout", "vllm_memory"),
     *(
         "max_skipped",
         "micro_batch",
+        "decoding",
         "memory",
         "offload_optimizer",
         "parallel",

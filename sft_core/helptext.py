@@ -20,7 +20,7 @@ GROUPS = {
     "model": "model lora | adapter_path from_scratch config_overrides lora_r lora_alpha lora_dropout lora_targets "
     "device precision merge sft_preset",
     "sampling": "prompts_per_step group_size max_completion_tokens samples | temperature top_k top_p min_p "
-    "dynamic_sampling eval_samples",
+    "dynamic_sampling eval_samples vllm vllm_memory sampler_mode sampler_cap",
     "objective": "rewards recipe loss beta | reward_format reward_weights reward_timeout reward_aggregation "
     "scale_rewards overlong_buffer ratio_level token_loss aggregation mu epsilon_low epsilon_high delta "
     "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
@@ -29,7 +29,8 @@ GROUPS = {
     "optimizer": "lr max_steps epochs batch_size | lr_schedule warmup_ratio adam_beta1 adam_beta2 adam_epsilon "
     "weight_decay max_grad_norm max_skipped seed deterministic",
     "memory and speed": "micro_batch gradient_checkpointing | memory parallel offload_optimizer use_4bit "
-    "eval_batch_size share_prompts logit_chunk rows_leave half_copies keep_freed_memory",
+    "eval_batch_size share_prompts logit_chunk rows_leave decoding half_copies "
+    "keep_freed_memory",
     "run folder": "output output_dir append_to zip resume dry_run | push_to_hub private overwrite log_every eval_every "
     "save_every keep_last tensorboard track progress record_tokens show_every rank_timeout",
 }

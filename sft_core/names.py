@@ -32,6 +32,10 @@ SAME: dict[str, Same] = {
     "use_cpu": Same("device", "", {"true": "device=cpu", "false": "device=auto"}, True),
     "full_determinism": Same("deterministic"),
     "num_generations": Same("group_size"),
+    "use_vllm": Same("vllm", "not tried with a real vLLM yet"),
+    "vllm_gpu_memory_utilization": Same("vllm_memory"),
+    "vllm_importance_sampling_mode": Same("sampler_mode", "default there: sequence_mask"),
+    "vllm_importance_sampling_clip_max": Same("sampler_cap"),
     "max_completion_length": Same("max_completion_tokens", "default there: 512"),
     "dataset_name": Same("task", "files and folders, too; see `--question_column`, `--answer_column`"),
     "dataset_config": Same("config_name"),
@@ -90,16 +94,15 @@ SAME: dict[str, Same] = {
 
 _BATCH = "`--prompts_per_step` x `--group_size` completions make a GRPO step, `--batch_size` demonstrations an SFT step"
 _PRECISION = "use `--precision bf16`, `fp16`, `float32` or `auto`, the default; trained weights stay float32"
-_SAMPLER = "completions are sampled by `model.generate`; see `--rows_leave` and `--half_copies`, both on by default"
+_SAMPLER = "`--vllm` samples with vLLM in this process, on one GPU, with the importance weight of `--sampler_mode`"
 _DEVICES = "`torchrun`, and `--parallel ddp`, `fsdp` or `auto`, the default: docs/several-gpus.md"
 _ADAPTIVE = "the entropy bonus is constant here: use `--entropy_coef`"
 _FIXED = "no such sampling rule here; use `--temperature`, `--top_k`, `--top_p` or `--min_p`"
 _FOUR = "use `--use_4bit`: NF4 with nested quantization, which TRL has off by default"
 _SYNC = "use `--ref_sync_every N` (N is 512 in TRL; 0: never), which also switches it on"
 _VLLM = (
-    *("use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_max_model_length"),
-    *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
-    *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_max_model_length"),
+    *("vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_importance_sampling_correction"),
 )
 REFUSED: dict[str, str] = {
     "per_device_train_batch_size": f"use `--micro_batch`, which never changes the gradient; {_BATCH}",
@@ -135,6 +138,8 @@ REFUSED: dict[str, str] = {
     "repetition_penalty": _FIXED,
     "generation_kwargs": _FIXED,
     **dict.fromkeys(_VLLM, _SAMPLER),
+    "cache_implementation": "use `--decoding compiled` for a static cache, `segments` for one that grows",
+    "use_transformers_paged": "use `--decoding paged`",
     "use_liger_kernel": "`--logit_chunk` bounds the memory of logits without a kernel",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp_backend"), _DEVICES),
     "log_completions": "use `--show_every N` to print some; completions.jsonl in the run folder has all of them",

@@ -66,6 +66,17 @@ def test_the_sampler_and_the_learner_are_one_distribution(tmp_path: Path, precis
     assert means["sampler_gap_max"] < (1e-4 if precision == "float32" else 0.1)
 
 
+@pytest.mark.parametrize("way", ["compiled", "paged"])
+@pytest.mark.parametrize("precision", ["fp16", "float32"])
+def test_another_way_to_decode_is_taken_and_draws_from_the_learners_distribution(
+    tmp_path: Path, way: str, precision: str
+) -> None:
+    steps = Steps.of(small(tmp_path, f"--precision={precision}", f"--decoding={way}"))
+    assert steps.learner.policy.decoding == way
+    for _ in range(3):
+        assert Tally.of(steps()).means()["sampler_gap_max"] < (1e-4 if precision == "float32" else 0.1)
+
+
 def test_offloaded_moments_take_the_same_steps(tmp_path: Path) -> None:
     ended = []
     for where in ("", "cpu"):

@@ -39,6 +39,10 @@ EXAMPLES: dict[str, tuple[str, str, str]] = {
     "use_cpu": ("True", "--device cpu", ""),
     "full_determinism": ("True", "--deterministic", ""),
     "num_generations": ("4", "--group_size 4", ""),
+    "use_vllm": ("True", "--vllm", ""),
+    "vllm_gpu_memory_utilization": ("0.5", "--vllm_memory 0.5", ""),
+    "vllm_importance_sampling_mode": ("sequence_mask", "--sampler_mode sequence_mask", ""),
+    "vllm_importance_sampling_clip_max": ("2.0", "--sampler_cap 2.0", ""),
     "max_completion_length": ("99", "--max_completion_tokens 99", ""),
     "reward_funcs": ("int_reward_func a:b", "--rewards int_reward_func a:b", ""),
     "loss_type": ("grpo", "--loss grpo", ""),
@@ -70,6 +74,11 @@ PAIRS = [(cls, name) for name, same in SAME.items() for cls in CONFIGS if set(sa
 def parsed(cls: Any, argv: list[str]) -> Any:
     more = ["--output", "new"] if cls is ExportConfig else []
     return parse_config(cls, [*more, *argv])
+
+
+@pytest.fixture(autouse=True)
+def vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_core.config.find_spec", lambda _: object())
 
 
 def in_file(folder: Path, name: str, value: str) -> str:

@@ -217,7 +217,7 @@ def colder(real: Any) -> Any:
 
 
 def test_a_sampler_that_cuts_off_what_nobody_asked_it_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval.sampling, "_cuts", lambda sampling: [TopKLogitsWarper(3)])
+    monkeypatch.setattr(eval.sampling, "cuts", lambda sampling: [TopKLogitsWarper(3)])
     with pytest.raises(Refused, match=r"--model: the sampler does not compute .* nats off"):
         trusted_sampler(tiny_policy())
 

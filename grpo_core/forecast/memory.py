@@ -6,6 +6,8 @@
     half-precision twin     2 a matrix's weight, the head's too. While sampling under autocast
     keys and values         4 under autocast, else 8, a row, token, layer and key's width. While sampling
 
+The last two stay all the time where decoding is compiled, whose graphs know addresses: taken to be so on every GPU.
+
 Measured against real runs by `python -m benchmarks.plan --check`; the record is benchmarks/results/plan.md.
 """
 
@@ -35,6 +37,8 @@ from sft_core.learn.rows import LARGEST, Tokens
 from sft_core.model.shapes import Shapes
 from sft_core.model.source import Source
 
+KEPT_COMPILED = ("half-precision twin", "keys and values")
+
 
 def plan(
     config: GRPOConfig,
@@ -55,7 +59,10 @@ def plan(
     if config.beta:
         always["reference"] = reference(config, shapes, half)
     rows = config.prompts_per_step * config.group_size
-    moments = {"sampling": always | sampling(config, shapes, half, rows, config.prompts_per_step, lengths)}
+    sampled = sampling(config, shapes, half, rows, config.prompts_per_step, lengths)
+    if kind == "cuda" and config.decoding in ("auto", "compiled"):  # eval/decoding/compiled.py
+        always |= {name: sampled[name] for name in KEPT_COMPILED}
+    moments = {"sampling": always | sampled}
     moments |= learner_moments(config, shapes, half, kind, batches, always, bool(config.entropy_coef))
     if config.eval_problems:
         asked = config.eval_batch_size

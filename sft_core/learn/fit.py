@@ -69,8 +69,22 @@ def fit(
     config: Config, kind: str, limit: float, plan_of: Callable[[Config, int | Tokens], Plan], count: int = 1
 ) -> Fit[Config]:
     """What is asked for; under --micro_batch auto the first choice, of those that are fast the first, whose forecast
-    fills no more than SHARE of `limit` bytes; where none does, the first that needs the least. `kind`: cpu or cuda;
-    `count`: of ranks."""
+    fills no more than SHARE of `limit` bytes; where none does, the first that needs the least. Under --decoding auto
+    without what a compiled pass keeps on a GPU, where there is no room for it. `kind`: cpu or cuda; `count`: of ranks.
+    """
+    found = _fit(config, kind, limit, plan_of, count)
+    fits = found.config == config and found.plan is not None and found.plan.peak <= SHARE * limit
+    if fits or kind != "cuda" or config.decoding != "auto":
+        return found
+    without = _fit(replace(config, decoding="segments"), kind, limit, plan_of, count)
+    if without.plan == found.plan:  # of a program that does not sample
+        return found
+    return replace(without, line=f"{without.line}, --decoding segments")
+
+
+def _fit(
+    config: Config, kind: str, limit: float, plan_of: Callable[[Config, int | Tokens], Plan], count: int
+) -> Fit[Config]:
     each = f", on each of {count} ranks" if count > 1 else ""
     parallel = (
         [{"parallel": "fsdp"}]

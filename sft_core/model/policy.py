@@ -19,6 +19,7 @@ from sft_core.config import ModelConfig
 from sft_core.errors import refused
 from sft_core.model import tiny
 from sft_core.model.allocator import keep_freed_memory
+from sft_core.model.decoding import Decoding, decoding_for
 from sft_core.model.half import halve
 from sft_core.model.segments import Layout, attend_by_segments, layouts
 from sft_core.model.source import Source, find_source
@@ -49,6 +50,8 @@ class Policy:
     rows_join: bool = True  # prompts that wait take their places
     pads: bool = True  # prompts of unlike lengths are sampled in one batch
     cached: bool = True  # the sampler computes each token once
+    decoding: Decoding = "segments"
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # by the sampler, for its next call
     half_copies: bool = True  # under autocast, sampler and reference have their matrices in half precision
     hollow: Any = field(default=None, compare=False)  # where ranks share out the weights: the model without any
     checks: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # what trying the shortcuts found
@@ -174,6 +177,7 @@ def load_policy(config: ModelConfig, source: Source | None = None) -> Policy:
         prefill=config.share_prompts and divisible,
         logit_chunk=config.logit_chunk,
         rows_leave=config.rows_leave and divisible,
+        decoding=decoding_for(config.decoding, model, device),
         half_copies=config.half_copies,
     )
 

@@ -9,6 +9,7 @@ GREEDY = f"{GENERATION}test_greedy_completions_are_the_plain_calls_token_by_toke
 DRAW, CACHE = "tests/test_draw.py::", "tests/test_cache.py::"
 FREQUENCIES = f"{GENERATION}test_whole_completions_are_drawn_as_often_as_their_probability_says"
 RECORDED = f"{GENERATION}test_every_way_to_sample_records_the_learners_logprobs"
+DECODING = "tests/test_decoding.py::"
 
 BUGS = [
     Mutation(
@@ -168,5 +169,45 @@ BUGS = [
         "True]",
         "Nothing is wrong but the time: G completions read their prompt G times.",
         (f"{GENERATION}test_the_prompt_is_read_once_for_its_whole_group",),
+    ),
+    Mutation(
+        33,
+        "a copy computes with the weights that it was copied from",
+        "eval/decoding/compiled.py",
+        """            vars(module).pop("_compiled_call", None)""",
+        """            vars(module).pop("", None)""",
+        "transformers keeps a model's compiled pass as an attribute, and a copy of the model takes it along: what is "
+        "written into the copy's own weights is never read.",
+        (f"{DECODING}test_a_copy_of_a_model_with_a_compiled_pass_computes_its_own",),
+    ),
+    Mutation(
+        33,
+        "a compiled pass goes on with the first step's weights",
+        "eval/decoding/compiled.py",
+        "        if own is not new:  # what",
+        "        if own is kept:  # what",
+        "A graph reads fixed addresses, so the sampler's half-precision copy stays; without new weights in it every "
+        "step samples from the policy that the run began with.",
+        (f"{DECODING}test_the_next_step_is_drawn_by_the_weights_that_the_optimizer_has_left",),
+    ),
+    Mutation(
+        33,
+        "each batch is as large as its rows are many",
+        "eval/decoding/compiled.py",
+        "1 << (at_once - 1).bit_length()",
+        "at_once",
+        "Nothing is wrong but the time: a pass is compiled anew for each number of rows, for half a minute, and after "
+        "eight of them never again.",
+        (f"{DECODING}test_the_steps_after_the_first_compile_nothing",),
+    ),
+    Mutation(
+        33,
+        "prompts that are still being read draw tokens",
+        "eval/decoding/paged.py",
+        "tokens + [self.nobody] * (self.at_once - len(tokens))",
+        "tokens",
+        "A pass computes something for each request, also for one whose prompt is half read; it is noted as a token of "
+        "whichever row had that place in the pass before.",
+        (f"{DECODING}test_a_prompt_that_is_read_in_parts_draws_nothing_before_it_is_read",),
     ),
 ]

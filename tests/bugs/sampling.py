@@ -10,6 +10,7 @@ RATIO_ONE = f"{STEP}test_the_first_update_has_ratio_exactly_one_and_the_samplers
 STEP_IN_A_RUN = "tests/test_step_in_a_run.py::"
 
 SAMPLING_SETTINGS = "tests/test_sampling_settings.py::"
+VLLM = "tests/test_vllm.py::"
 
 BUGS = [
     Mutation(
@@ -44,9 +45,9 @@ BUGS = [
     Mutation(
         6,
         "transformers' own top-k of 50",
-        "eval/sampling.py",
-        "    if sampling.top_k:\n        cuts.append(TopKLogitsWarper(sampling.top_k))",
-        "    if True:\n        cuts.append(TopKLogitsWarper(sampling.top_k or 50))",
+        "eval/draw.py",
+        "    if sampling.top_k:\n        found.append(TopKLogitsWarper(sampling.top_k))",
+        "    if True:\n        found.append(TopKLogitsWarper(sampling.top_k or 50))",
         "What `generate` does unless told otherwise in many releases: everything but the 50 likeliest tokens is cut "
         "off, while the learner scores the uncut distribution.",
         (f"{SAMPLING}test_tokens_are_drawn_from_the_whole_vocabulary",),
@@ -116,7 +117,7 @@ BUGS = [
     Mutation(
         16,
         "use_cache is off",
-        "eval/sampling.py",
+        "eval/around.py",
         "    config.use_cache = policy.cached\n",
         "    config.use_cache = False\n",
         "Training code sets it against a warning; left so, every token recomputes the whole prefix. Nothing is wrong "
@@ -203,5 +204,24 @@ BUGS = [
         "A model may ship a repetition penalty, top-k or top-p: `generate` fills in whatever is left unset, and the "
         "samples are no longer the policy's.",
         (f"{SAMPLING_SETTINGS}test_the_models_own_generation_settings_are_not_inherited",),
+    ),
+    Mutation(
+        7,
+        "vLLM goes on with the weights that it was started with",
+        "grpo_core/vllm_sampler.py",
+        "        self.hand_over(weights(policy))\n",
+        "",
+        "Another program samples, and nobody tells it what was learned: every step is further off-policy, which the "
+        "importance weight hides until it is cut.",
+        (f"{VLLM}test_a_run_with_vllms_numbers_is_a_run_with_the_default_sampler",),
+    ),
+    Mutation(
+        7,
+        "the importance weight upside down",
+        "grpo_core/variants.py",
+        "(old_logp_NT - sampler_logp_NT) * mask_NT",
+        "(sampler_logp_NT - old_logp_NT) * mask_NT",
+        "The sampler's rounding is squared instead of undone. Near 1 nobody sees it.",
+        (f"{VLLM}test_a_drift_of_the_sampler_is_undone_in_expectation_up_to_the_cap",),
     ),
 ]
