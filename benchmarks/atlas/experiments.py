@@ -47,9 +47,9 @@ class Cell:
     seed: int
 
     @property
-    def key(self) -> tuple[str, str, int, str]:
+    def key(self) -> tuple[str, str, int, tuple[str, ...]]:
         """Tells one run from another in the records: a changed flag makes another run of it."""
-        return self.experiment.task, self.experiment.name, self.seed, shlex.join(self.experiment.flags)
+        return self.experiment.task, self.experiment.name, self.seed, tuple(self.experiment.flags)
 
 
 def experiments(table: Path = TABLE) -> list[Experiment]:

@@ -36,7 +36,7 @@ class Plan:
     def of(wanted: Iterable[Cell], records: Sequence[Record], work: Path) -> Plan:
         """The wanted runs that are not recorded with the same flags."""
         done = {(r["task"], r["experiment"], r["seed"], tuple(r["flags"])) for r in records}
-        left = [cell for cell in wanted if (*cell.key, tuple(cell.experiment.flags)) not in done]
+        left = [cell for cell in wanted if cell.key not in done]
         starts = dict.fromkeys((cell.experiment.start, cell.seed) for cell in left)
         missing = [start for start in starts if not (work / "starts" / f"{start[0]}-{start[1]}" / "final").is_dir()]
         seconds: dict[str, list[float]] = {}

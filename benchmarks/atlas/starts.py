@@ -59,6 +59,7 @@ def rambling(solution: str, rng: random.Random) -> str:
 
     >>> print(rambling("7+2=<<7+2=9>>9\\n#### 9", random.Random(3)))
     7+2=<<7+2=9>>9
+    7+2=<<7+2=9>>9
     #### 9
     """
     *lines, answer = with_slips(solution, share=0.1).splitlines()
