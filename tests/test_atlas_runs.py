@@ -220,3 +220,20 @@ def test_so_many_verdicts_are_turned_round_each_step_others(share: float, reward
 def test_examples_in_docstrings(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
+
+
+@pytest.mark.slow
+def test_runs_on_two_processes_are_kept_as_they_end_and_a_failure_is_told(
+    cell_and_work: tuple[Cell, Path],
+) -> None:
+    cell, work = cell_and_work
+    broken = replace(cell.experiment, name="broken", change=(*cell.experiment.change, "--lr", "-1"))
+    wanted, path = [Cell(broken, 3), cell, Cell(replace(cell.experiment, name="again"), 3)], work / "runs.jsonl"
+    failed = pool.take(Plan.of(wanted, [], work), path, work, processes=2, minutes=None)
+    assert len(failed) == 1 and failed[0].startswith("ways/broken, seed 3: ") and "--lr" in failed[0]
+    first, second = sorted(runs.read_records(path), key=lambda found: found["experiment"])
+    assert (first["experiment"], second["experiment"]) == ("5% flipped", "again")
+    assert first["curve"] == second["curve"] and first["after"] == second["after"]
+    assert Plan.of(wanted, [first, second], work).cells == wanted[:1]
+    assert pool.take(Plan.of(wanted, [], work), path, work, processes=1, minutes=1e-9) == []
+    assert len(runs.read_records(path)) == 2, "the time was over before the first run"
