@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from benchmarks.atlas import pool, rewards, runs, starts
-from benchmarks.atlas.experiments import SEEDS, Cell, cells, experiments, named
+from benchmarks.atlas.experiments import SEEDS, Cell, cells, experiments, named, questions
 from benchmarks.atlas.pool import Plan
-from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, SHUFFLED
+from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, SHUFFLED, TRL
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
 from grpo_core.train import PRESETS, run
@@ -50,6 +50,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("experiment", KNOWN, ids=lambda each: each.label)
 def test_an_experiment_is_a_configuration_that_can_run(experiment: Any, model: Path) -> None:
     prepare(parse_config(GRPOConfig, [*experiment.flags, "--model", str(model), "--eval_problems", "1"], PRESETS))
+
+
+def test_each_question_says_what_is_claimed_and_what_was_expected() -> None:
+    asked = questions()
+    assert {(each.name, each.task) for each in asked} == {
+        (each.question, each.task) for each in KNOWN if each.question not in (BASELINE, TRL)
+    }
+    for each in asked:
+        assert "arXiv" in each.paper or "(" in each.paper or each.paper.startswith("no paper's claim"), each.name
+        assert len(each.predicted) > 40, each.name
 
 
 def test_a_change_is_one_flag_or_belongs_together() -> None:

@@ -40,6 +40,16 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What experiments of one task are to tell: what a paper claims, and what was expected before they ran."""
+
+    name: str
+    task: str
+    paper: str
+    predicted: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """An experiment with a seed: one run."""
 
@@ -74,6 +84,12 @@ def experiments(table: Path = TABLE) -> list[Experiment]:
         if labels.count(label) > 1:
             raise ValueError(f"{table.name}: {label} is there twice")
     return found
+
+
+def questions(table: Path = TABLE) -> list[Question]:
+    """All of them, in the table's order."""
+    read = yaml.safe_load(table.read_text())["experiments"]
+    return [Question(each["question"], each["task"], each["paper"], each["predicted"]) for each in read]
 
 
 def cells(chosen: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
