@@ -247,3 +247,19 @@ def test_runs_on_two_processes_are_kept_as_they_end_and_a_failure_is_told(
     assert Plan.of(wanted, [first, second], work).cells == wanted[:1]
     assert pool.take(Plan.of(wanted, [], work), path, work, processes=1, minutes=1e-9) == []
     assert len(runs.read_records(path)) == 2, "the time was over before the first run"
+
+
+def test_held_out_answers_are_drawn_at_temperature_one_whatever_a_run_trains_with(
+    cell_and_work: tuple[Cell, Path],
+) -> None:
+    _, work = cell_and_work
+    small = "--prompts_per_step 1 --group_size 2 --max_steps 1 --eval_problems 4 --max_completion_tokens 8 --lr 1e-12"
+    model = ["--model", str(work / "starts" / "ways-3" / "final")]
+    answers = {}
+    for name in ("baseline", "temperature 1.3", "top_p 0.9"):
+        folder = work / name.replace(" ", "-")
+        flags = [*named([f"ways/{name}"], KNOWN)[0].flags, *small.split(), *model, "--output_dir", str(folder)]
+        log, _ = runs.trained(parse_config(GRPOConfig, flags, PRESETS))
+        answers[name] = [read_jsonl(folder / "heldout" / f"step-00000{step}.jsonl") for step in (0, 1)]
+        assert [line["kind"] for line in log] == ["eval", "train", "eval"]
+    assert answers["temperature 1.3"] == answers["top_p 0.9"] == answers["baseline"]

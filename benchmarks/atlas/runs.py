@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.atlas.evaluated import evaluated
 from benchmarks.atlas.experiments import Cell
 from benchmarks.atlas.records import TRL
 from benchmarks.atlas.starts import start_of
@@ -81,6 +82,9 @@ def record_of(cell: Cell, work: Path) -> Record:
 def trained(config: GRPOConfig) -> tuple[list[Record], list[Record]]:
     """This project's run: its log and its completions."""
     folder = run(prepare(config))
+    if config.temperature != 1 or config.top_p < 1:  # by which the run has drawn its held-out answers, too
+        evaluated(config, config.model, 0)
+        evaluated(config, str(folder / "final"), config.max_steps)
     return read_jsonl(folder / "log.jsonl"), read_jsonl(folder / "completions.jsonl")
 
 

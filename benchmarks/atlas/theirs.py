@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.atlas.evaluated import evaluated
 from benchmarks.speed.theirs import trainer_of
-from eval.evaluate import evaluate
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
 from rewards import same_number
-from sft_core.model.policy import load_policy
-from sft_core.model.source import find_source
 from sft_core.text.prompts import FORMATS
 
 # This project's log and TRL's, where they mean the same.
@@ -46,11 +42,11 @@ def train_theirs(config: GRPOConfig) -> tuple[list[dict[str, Any]], list[dict[st
             found = {"step": step, "extracted": extract(text) or "", "expected": expected, "tokens": len(tokens)}
             completions.append(found | {"rewards": {"reward": reward}})
 
-    held_out(config, config.model, 0)
+    evaluated(config, config.model, 0)
     trainer = trainer_of(job, str(folder / "trl"), sampled, logging_steps=1)
     trainer.train()
     trainer.save_model(str(folder / "final"))
-    held_out(config, str(folder / "final"), config.max_steps)
+    evaluated(config, str(folder / "final"), config.max_steps)
     lines = [line for line in trainer.state.log_history if "reward" in line]
     return [_line(line, completions) for line in lines], completions
 
@@ -62,24 +58,3 @@ def _line(theirs: dict[str, Any], completions: Sequence[dict[str, Any]]) -> dict
     line = {own: theirs.get(name) for own, name in LOGGED.items()}
     line |= {"kl": theirs.get("kl"), "clip_ratio_low": 0.0, "clip_ratio_high": 0.0}
     return {"kind": "train", "step": step, "accuracy": sum(right) / len(right), **line}
-
-
-def held_out(config: GRPOConfig, model: str, step: int) -> None:
-    """This project's evaluation of a model."""
-    of_model = replace(config, model=model)
-    job = prepare(of_model)
-    policy = load_policy(of_model, find_source(of_model))
-    found = evaluate(
-        policy,
-        job.task.heldout,
-        of_model,
-        of_model.max_completion_tokens,
-        of_model.eval_batch_size,
-        samples=of_model.eval_samples,
-        temperature=of_model.temperature,
-        seed=of_model.seed,
-    )
-    folder = Path(config.output_dir) / "heldout"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(answer)) + "\n" for answer in found.answers]
-    (folder / f"step-{step:06}.jsonl").write_text("".join(lines), encoding="utf-8")
