@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from eval.decoding.compiled import forget_pass
 from eval.samples import Samples, Sampling
 from eval.sampling import sample
 from sft_core.learn.trust import (
@@ -91,10 +92,16 @@ def trusted_decoding(policy: Policy) -> Policy:
             largest_difference(samples.logp_NT, plain_logprobs(form, samples.rows, TEMPERATURE, True), samples.rows)
             for form, samples in zip(forms, drawn, strict=True)
         ]
-        same = drawn[0].rows.completion_ids() == drawn_by(exact(segments)).rows.completion_ids()
+        # In half precision two right ways may part where two tokens are nearly as likely.
+        same = forms[0].precision.autocast_dtype or drawn[0].rows.completion_ids() == expected
         return off[0] if same and off[-1] <= BOUNDS[way.precision.autocast_dtype] else math.inf
 
-    return first_that_agrees([Way(policy), Way(segments, f"{policy.decoding} decoding")], "sampler", apart_by)
+    expected = drawn_by(exact(segments)).rows.completion_ids()
+    try:
+        return first_that_agrees([Way(policy), Way(segments, f"{policy.decoding} decoding")], "sampler", apart_by)
+    finally:  # what the trial has kept is not what the run will need
+        policy.kept.clear()
+        forget_pass(policy.model)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ which probability it drew each, and `variants.sampler_correction` weighs the tok
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class VLLMSampler:
         Raises:
             Refused: there are several ranks.
         """
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its weights are to be within reach of this process
         from vllm import LLM  # an extra; `check` asks for it
 
         if ranks.world() > 1:

@@ -54,9 +54,9 @@ class ModelConfig:
         True, "finished completions leave the batch, and make room for problems that wait; same distribution"
     )
     decoding: Literal["auto", "segments", "compiled", "paged"] = flag(
-        "auto",
+        "segments",
         "how completions are decoded: rows leave when they end (segments), a compiled pass over a cache of fixed size, "
-        "or continuous batching (paged); same draws; auto: compiled where a GPU can, else segments",
+        "or continuous batching (paged); same random numbers; auto: compiled where a GPU can, else segments",
     )
     half_copies: bool = flag(True, "sampler and reference cast their matrices once, not per use; same numbers")
 
@@ -180,7 +180,6 @@ FREE_ON_RESUME = (
     *(
         "max_skipped",
         "micro_batch",
-        "decoding",
         "memory",
         "offload_optimizer",
         "parallel",

@@ -19,7 +19,7 @@ from eval.sampling import sample
 from eval.trust import trusted_sampler
 from sft_core.model import decoding
 from sft_core.model.policy import Policy
-from tests.helpers import FAMILIES, Family, completions, ends_often, tiny_policy
+from tests.helpers import FAMILIES, PEFT_IS_BEHIND, Family, adapted, completions, ends_often, tiny_policy
 
 OF_NEW_TOKENS = (
     "requests_with_new_token" in inspect.signature(ContinuousBatchingLogitsProcessor.prepare_tensor_args).parameters
@@ -151,6 +151,25 @@ def test_a_copy_of_a_model_with_a_compiled_pass_computes_its_own() -> None:
     drawn(policy, "compiled", Sampling(3))
     copy = compiled.Kept.by(policy).copy
     assert copy is not policy.model and copy._compiled_call is not policy.model._compiled_call
+
+
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+def test_the_copy_is_made_anew_when_the_model_gets_another_adapter() -> None:
+    """As the reference of a LoRA policy is: an adapter beside the trained one."""
+    policy = ends_often(adapted(tiny_policy(precision="bf16")))
+    before = drawn(policy, "compiled", Sampling(6))
+    policy.model.add_adapter("reference", policy.model.peft_config["default"])
+    policy.model.set_adapter("default")
+    assert completions(drawn(policy, "compiled", Sampling(6))) == completions(before)
+
+
+@pytest.mark.filterwarnings(PEFT_IS_BEHIND)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_trial_keeps_a_right_way_and_leaves_nothing_behind(precision: str) -> None:
+    policy = replace(adapted(tiny_policy(precision=precision)), decoding="compiled")
+    found = trusted_sampler(policy)
+    assert found.decoding == "compiled" and found.kept == policy.kept == {}
+    assert not any("_compiled_call" in vars(module) for module in policy.model.modules())
 
 
 @pytest.mark.slow

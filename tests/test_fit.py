@@ -86,14 +86,14 @@ def test_of_several_ranks_each_has_all_weights_where_they_fit_and_else_a_part() 
 
 
 def test_a_gpu_without_room_for_what_a_compiled_pass_keeps_decodes_in_segments() -> None:
-    roomy = chosen(1e12, "cuda", micro_batch=4)
+    roomy = chosen(1e12, "cuda", micro_batch=4, decoding="auto")
     assert roomy.plan and roomy.config.decoding == "auto" and "half-precision twin" in roomy.plan.items
     limit = 0.99 * roomy.plan.peak / SHARE
-    tight = chosen(limit, "cuda", micro_batch=4)
+    tight = chosen(limit, "cuda", micro_batch=4, decoding="auto")
     assert tight.plan and tight.config.decoding == "segments" and tight.line.endswith(", --decoding segments")
     assert tight.plan.peak < 0.95 * roomy.plan.peak
     assert chosen(limit, "cuda", micro_batch=4, decoding="compiled").config.decoding == "compiled"
-    assert chosen(limit, "cpu", micro_batch=4).config.decoding == "auto"
+    assert chosen(limit, "cpu", micro_batch=4, decoding="auto").config.decoding == "auto"
 
 
 def test_where_nothing_fits_the_one_that_needs_least_is_tried_and_said() -> None:

@@ -214,7 +214,7 @@ FREE |= {
     "show_every": "0",
 }
 FREE |= {"eval_samples": "3", "offload_optimizer": "cpu", "keep_freed_memory": "False", "max_skipped": "9"}
-FREE |= {"deterministic": "True", "decoding": "compiled", "vllm_memory": "0.5"}
+FREE |= {"deterministic": "True", "vllm_memory": "0.5"}
 FREE |= {"device": "cpu", "precision": "bf16", "track": "wandb"}  # tests/test_resume.py: `auto` may find another one
 FREE |= {
     "max_steps": "7",

@@ -6,6 +6,7 @@ import importlib.machinery
 import inspect
 import itertools
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         assert options["logprobs_mode"] == "processed_logprobs" and options["dtype"] == "float32"
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "else the engine is in another process"
         own = AutoModelForCausalLM.from_pretrained(model).eval()
         self.policy = replace(self.like, model=own, layout="rows", kept={})
         self.handed_over = self.forgotten = 0

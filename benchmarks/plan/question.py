@@ -130,7 +130,7 @@ def alternatives(config: GRPOConfig, kind: str) -> Iterator[tuple[str, GRPOConfi
         ("--beta 0", {"beta": 0.0, "ref_sync_every": 0, "kl_correction": False}),
         ("--share_prompts", {"share_prompts": True}),
     ]
-    if kind == "cuda":
+    if kind == "cuda" and config.decoding != "segments":
         changes.append(("--decoding segments", {"decoding": "segments"}))
     changes += [(f"--micro_batch {n}", {"micro_batch": n}) for n in sorted({config.micro_batch // 2, 1} - {0})]
     changes += [(f"--logit_chunk {n}", {"logit_chunk": n}) for n in (2**26, 2**24) if not 0 < config.logit_chunk <= n]

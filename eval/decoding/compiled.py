@@ -73,15 +73,21 @@ def model_to_decode(policy: Policy) -> Iterator[Any]:
 @torch.no_grad()
 def _kept(policy: Policy, fresh: Any) -> Any:
     """The copy that is kept, with the weights of a new one."""
-    kept = Kept.by(policy)
-    if kept.of is not policy.model:
-        for module in fresh.modules():
-            vars(module).pop("_compiled_call", None)  # a copy's would be the pass of the model that it is a copy of
-        kept.of, kept.copy = policy.model, fresh
-    for own, new in zip(kept.copy.parameters(), fresh.parameters(), strict=True):
-        if own is not new:  # what the model and its copies share is new already
-            own.copy_(new)
+    kept, new = Kept.by(policy), dict(fresh.named_parameters())
+    own = dict(kept.copy.named_parameters()) if kept.of is policy.model else {}
+    if own.keys() != new.keys():  # the first time, or the model has another adapter since
+        forget_pass(fresh)  # it would be the pass of the model that this is a copy of
+        kept.of, kept.copy, own = policy.model, fresh, new
+    for name, parameter in own.items():
+        if parameter is not new[name]:  # what the model and its copies share is new already
+            parameter.copy_(new[name])
     return kept.copy
+
+
+def forget_pass(model: Any) -> None:
+    """Its compiled pass, which transformers keeps with it."""
+    for module in model.modules():
+        vars(module).pop("_compiled_call", None)
 
 
 def fill_compiled(

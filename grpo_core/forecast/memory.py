@@ -6,7 +6,7 @@
     half-precision twin     2 a matrix's weight, the head's too. While sampling under autocast
     keys and values         4 under autocast, else 8, a row, token, layer and key's width. While sampling
 
-The last two stay all the time where decoding is compiled, whose graphs know addresses: taken to be so on every GPU.
+The last two stay all the time where decoding is compiled, whose graphs know addresses.
 
 Measured against real runs by `python -m benchmarks.plan --check`; the record is benchmarks/results/plan.md.
 """

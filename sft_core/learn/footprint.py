@@ -34,6 +34,7 @@ PACKED = 0.5 + 0.016  # of one in NF4, with its share of the block's constants (
 PROCESS = {"cpu": 0.42 * GB, "cuda": 0.5 * GB}
 
 Items = dict[str, float]  # bytes by name
+SAMPLING = ("sampling", "evaluation")  # moments
 IN_PARTS = ("weights", "AdamW", "gradients", "reference")  # of which a rank keeps a part under --parallel fsdp
 
 
@@ -165,7 +166,7 @@ def of_a_rank(config: Settings, shapes: Shapes, moments: dict[str, Items], count
         weights, twin = items["weights"], items.get("half-precision twin")
         in_pass = weights * (around + 2 * shapes.layer) / shapes.base
         gathered = {"gathered": 0.0 if name == "the update" else in_pass + SINGLE * trained * ("backward" in name)}
-        if twin is not None:
+        if twin is not None and name in SAMPLING:
             rest = weights if shapes.adapter or not twin else SINGLE * (shapes.base - shapes.matrices)
             gathered = {"gathered": rest}
         found[name] = {item: size / count if item in IN_PARTS else size for item, size in items.items()} | gathered
