@@ -241,12 +241,12 @@ def test_runs_on_two_processes_are_kept_as_they_end_and_a_failure_is_told(
     wanted, path = [Cell(broken, 3), cell, Cell(replace(cell.experiment, name="again"), 3)], work / "runs.jsonl"
     failed = pool.take(Plan.of(wanted, [], work), path, work, processes=2, minutes=None)
     assert len(failed) == 1 and failed[0].startswith("ways/broken, seed 3: ") and "--lr" in failed[0]
-    first, second = sorted(runs.read_records(path), key=lambda found: found["experiment"])
+    first, second = sorted(read_jsonl(path), key=lambda found: found["experiment"])
     assert (first["experiment"], second["experiment"]) == ("5% flipped", "again")
     assert first["curve"] == second["curve"] and first["after"] == second["after"]
     assert Plan.of(wanted, [first, second], work).cells == wanted[:1]
     assert pool.take(Plan.of(wanted, [], work), path, work, processes=1, minutes=1e-9) == []
-    assert len(runs.read_records(path)) == 2, "the time was over before the first run"
+    assert len(read_jsonl(path)) == 2, "the time was over before the first run"
 
 
 def test_held_out_answers_are_drawn_at_temperature_one_whatever_a_run_trains_with(

@@ -24,7 +24,7 @@ from benchmarks.atlas.figures import draw
 from benchmarks.atlas.page import fill, report
 from benchmarks.atlas.pool import Plan, take
 from benchmarks.atlas.records import Run
-from benchmarks.atlas.runs import read_records
+from rewards.jsonl import read_jsonl
 from rewards.terminal import quiet_ends, user_errors
 
 RECORDS = Path(__file__).parents[1] / "results" / "atlas" / "runs.jsonl"
@@ -65,7 +65,7 @@ def main() -> int:
         chosen = named(given.names, known)
         if not 1 <= given.seeds <= len(SEEDS):
             raise ValueError(f"--seeds {given.seeds}: expected 1 to {len(SEEDS)}")
-        plan = Plan.of(cells(chosen, given.seeds), read_records(given.records), given.work)
+        plan = Plan.of(cells(chosen, given.seeds), read_jsonl(given.records), given.work)
     if given.list:
         for each in chosen:
             print(f"{each.label}: python -m grpo_core.train {shlex.join(each.flags)}")
@@ -86,7 +86,7 @@ def main() -> int:
 def written(known: Sequence[Experiment], records: Path) -> list[Path]:
     """Tables and figures beside the records, and where these are the project's own, the numbers of docs/atlas.md."""
     labels = [each.label for each in known]
-    runs = [Run.of(record) for record in read_records(records)]
+    runs = [Run.of(record) for record in read_jsonl(records)]
     runs = sorted((run for run in runs if run.label in labels), key=lambda run: (labels.index(run.label), run.seed))
     if not any(result.difference for result in study(runs).results.values()):
         print("no tables yet: they take two seeds of a task's baseline, and two of something else")

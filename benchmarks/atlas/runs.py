@@ -150,10 +150,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(f"{math.fsum(known) / len(known):.5g}")
 
 
-def read_records(path: Path) -> list[Record]:
-    return list(read_jsonl(path)) if path.is_file() else []
-
-
 def append_record(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 ways       most demonstrations state the answer, some work it out: the embedded job's start
 slips      all are worked out, by a teacher who makes a mistake in most of the lines: right answers are rare
 rambling   worked out with some mistakes, and then copied out again, as often as a coin falls on heads: answers of
-           all lengths, of which the length says nothing about right or wrong
+           all lengths
 """
 
 from __future__ import annotations

@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.atlas.evaluated import evaluated
+from benchmarks.atlas.runs import is_right
+from benchmarks.parity.compare import CLIP_METRICS, SAME_METRICS
 from benchmarks.speed.theirs import trainer_of
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
-from rewards import same_number
 from sft_core.text.prompts import FORMATS
 
-# This project's log and TRL's, where they mean the same.
-LOGGED = {
-    "reward_mean": "reward",
-    "entropy": "entropy",
-    "length_mean": "completions/mean_length",
-    "truncated_share": "completions/clipped_ratio",
-    "zero_variance_share": "frac_reward_zero_std",
-    "grad_norm": "grad_norm",
-}
+# This project's names, and TRL's for the same.
+LOGGED = SAME_METRICS | CLIP_METRICS | {"entropy": "entropy", "kl": "kl"}
 
 
 def train_theirs(config: GRPOConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -54,7 +48,5 @@ def train_theirs(config: GRPOConfig) -> tuple[list[dict[str, Any]], list[dict[st
 def _line(theirs: dict[str, Any], completions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     step = theirs["step"]
     rows = [row for row in completions if row["step"] == step]
-    right = [bool(row["extracted"]) and same_number(row["extracted"], row["expected"]) for row in rows]
     line = {own: theirs.get(name) for own, name in LOGGED.items()}
-    line |= {"kl": theirs.get("kl"), "clip_ratio_low": 0.0, "clip_ratio_high": 0.0}
-    return {"kind": "train", "step": step, "accuracy": sum(right) / len(right), **line}
+    return {"kind": "train", "step": step, "accuracy": sum(map(is_right, rows)) / len(rows), **line}
