@@ -1,14 +1,17 @@
-"""A model's answers to a task's held-out problems, drawn at temperature 1 whatever a run was trained with."""
+"""What is right: a model's answers to held-out problems, drawn at temperature 1 whatever a run was trained with, and a
+training sample."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from eval.evaluate import evaluate
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
+from rewards import same_number
 from sft_core.model.policy import load_policy
 from sft_core.model.source import find_source
 
@@ -30,3 +33,8 @@ def evaluated(config: GRPOConfig, model: str, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(answer)) + "\n" for answer in found.answers]
     (folder / f"step-{step:06}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether a training sample's answer is the expected one."""
+    return bool(row["extracted"]) and same_number(row["extracted"], row["expected"])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.atlas.evaluated import evaluated
+from benchmarks.atlas.evaluated import evaluated, is_right
 from benchmarks.atlas.experiments import Cell
 from benchmarks.atlas.records import TRL
 from benchmarks.atlas.starts import start_of
@@ -21,7 +21,6 @@ from eval.evaluate import Answered, read_answers
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
 from grpo_core.train import PRESETS, run
-from rewards import same_number
 from rewards.jsonl import read_jsonl
 from sft_core.cli import parse_config
 from sft_core.run.provenance import provenance
@@ -136,10 +135,6 @@ def lengths(rows: Sequence[Record]) -> Record:
     right = [row["tokens"] for row in rows if is_right(row)]
     wrong = [row["tokens"] for row in rows if not is_right(row)]
     return {"right_length": _mean(right), "wrong_length": _mean(wrong)}
-
-
-def is_right(row: Record) -> bool:
-    return bool(row["extracted"]) and same_number(row["extracted"], row["expected"])
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.atlas.evaluated import evaluated
-from benchmarks.atlas.runs import is_right
+from benchmarks.atlas.evaluated import evaluated, is_right
 from benchmarks.parity.compare import CLIP_METRICS, SAME_METRICS
 from benchmarks.speed.theirs import trainer_of
 from grpo_core.config import GRPOConfig
