@@ -89,10 +89,11 @@ def record(task: str, experiment: str, seed: int, question: str, effect: float, 
 
 
 def records(problems: int = 64, effects: dict[str, Effects] = EFFECTS) -> list[dict[str, Any]]:
-    """Five runs of each experiment; the baseline's second five have other seeds."""
+    """Five runs of each experiment; the baseline's second five have other seeds, and TRL all ten."""
+    seeds = {"baseline again": range(6, 11), "TRL": range(1, 11)}
     return [
-        record(task, name, seed + 5 * (name == "baseline again"), question, effect, problems)
+        record(task, name, seed, question, effect, problems)
         for task, named in effects.items()
         for name, (question, effect) in named.items()
-        for seed in range(1, 6)
+        for seed in seeds.get(name, range(1, 6))
     ]

@@ -66,6 +66,13 @@ def test_the_baseline_with_other_seeds_is_compared_unpaired(lines: list[dict[str
     assert again.q is None
 
 
+def test_trl_is_compared_with_all_seeds_of_the_baseline(lines: list[dict[str, Any]], found: Study) -> None:
+    both = np.concatenate([shares(lines, "baseline"), shares(lines, "baseline again")])
+    assert len(both) == 10
+    assert found.results["ways", "TRL"].difference == crossed(shares(lines, "TRL") - both)
+    assert found.of_all_seeds("ways").seeds == list(range(1, 11))
+
+
 def test_the_comparisons_are_all_experiments_but_the_checks(found: Study) -> None:
     compared = {name for (_, name), each in found.results.items() if each.q is not None}
     assert compared == {name for _, name in found.results} - set(CHECKS)
@@ -107,7 +114,8 @@ def test_steps_count_to_half_of_the_baselines_way(found: Study) -> None:
 
 def test_curves_are_compared_with_each_others_bands(found: Study) -> None:
     named = {name: found.results["ways", name].experiment for name in ("baseline", "TRL", "mu 8, no clipping")}
-    alike, unlike = (agreement(named[name], named["baseline"]) for name in ("TRL", "mu 8, no clipping"))
+    alike = agreement(named["TRL"], found.of_all_seeds("ways"))
+    unlike = agreement(named["mu 8, no clipping"], named["baseline"])
     assert alike and alike.first_in_second == 1.0
     assert unlike and unlike.first_in_second < 0.2
     assert agreement(named["TRL"], named["baseline"], "no such curve") is None
@@ -211,5 +219,5 @@ def test_a_mark_that_names_nothing_is_refused(runs: list[Run], mark: str, messag
 def test_the_report_holds_every_experiment_and_what_made_it(runs: list[Run]) -> None:
     text = report(runs)
     assert all(text.count(f"\n| {run.experiment} | ") >= 2 for run in runs)
-    assert "65 runs, 0.4 CPU hours, a processor; torch 2; commit 0123abc." in text
+    assert "70 runs, 0.4 CPU hours, a processor; torch 2; commit 0123abc." in text
     assert text.count("]: flat |") == 2  # the control of each task

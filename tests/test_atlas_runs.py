@@ -94,6 +94,11 @@ def test_all_first_seeds_come_before_the_second_ones() -> None:
     assert {cell.seed for cell in order if cell.experiment.name == AGAIN}.isdisjoint(SEEDS)
 
 
+def test_trl_runs_with_the_seeds_of_the_baseline_and_of_its_rerun() -> None:
+    seeds = {name: {c.seed for c in cells(named([f"ways/{name}"], KNOWN), 5)} for name in (BASELINE, AGAIN, TRL)}
+    assert len(seeds[TRL]) == 10 and seeds[TRL] == seeds[BASELINE] | seeds[AGAIN]
+
+
 # --- the plan
 
 

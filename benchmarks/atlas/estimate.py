@@ -7,7 +7,7 @@ one number for each run (`SCALARS`), compared by seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from benchmarks.atlas.intervals import (
     paired,
     unpaired,
 )
-from benchmarks.atlas.records import BASELINE, CHECKS, Experiment, Run, band, experiments
+from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, TRL, Experiment, Run, band, experiments
 
 FOUND = 0.05  # a difference with a q-value up to this one is called real
 LAST = 1 / 5  # the share of a curve that stands for its end
@@ -126,6 +126,10 @@ class Study:
             return found
         return [each for each in found if each.experiment.name == BASELINE or each.experiment.question == question]
 
+    def of_all_seeds(self, task: str) -> Experiment:
+        """Its baseline with the runs of the rerun: what TRL is compared with."""
+        return of_all_seeds((each.experiment for each in self.results.values()), task)
+
     def values(self, experiment: Experiment, name: str) -> Any:
         """A scalar of each run, (S,)."""
         level = self.levels.get(experiment.task, math.nan)
@@ -168,13 +172,20 @@ def study(runs: Sequence[Run]) -> Study:
     for each in named:
         result = Result(each, crossed(each.after_SP), crossed(each.after_SP - each.before_SP))
         if each.task in baselines and each.name != BASELINE:
-            result = replace(result, difference=difference(baselines[each.task], each))
+            against = of_all_seeds(named, each.task) if each.name == TRL else baselines[each.task]
+            result = replace(result, difference=difference(against, each))
         results[each.task, each.name] = result
     compared = {key: found.difference.p for key, found in results.items() if found.difference and key[1] not in CHECKS}
     p = list(compared.values())
     for key, q, strict in zip(compared, benjamini_hochberg(p), holm(p), strict=True):
         results[key] = replace(results[key], q=q, holm=strict)
     return Study(results, {task: _level(each) for task, each in baselines.items()})
+
+
+def of_all_seeds(named: Iterable[Experiment], task: str) -> Experiment:
+    """A task's baseline with the runs of its rerun: twice the seeds, beside which TRL ran."""
+    both = [each for each in named if each.task == task and each.name in (BASELINE, AGAIN)]
+    return Experiment(tuple(sorted((run for each in both for run in each.runs), key=lambda run: run.seed)))
 
 
 def _level(baseline: Experiment) -> float:

@@ -15,7 +15,7 @@ TABLE = Path(__file__).with_name("experiments.yaml")
 REWARDS = "benchmarks.atlas.rewards"  # R in the table
 OF_ALL = "--eval_problems 256 --eval_samples 4 --eval_every 0 --show_every 0 --log_every 1 --progress False"
 SEEDS = (1, 2, 3, 4, 5)
-OTHER_SEEDS = (6, 7, 8, 9, 10)  # of AGAIN
+OTHER_SEEDS = (6, 7, 8, 9, 10)  # `seeds_of` says whose
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,13 @@ def cells(chosen: Sequence[Experiment], seeds: int) -> Iterator[Cell]:
     """Their runs: the first seed of all, then the second of all, so that what is cut short is still balanced."""
     for place in range(seeds):
         for experiment in chosen:
-            yield Cell(experiment, (OTHER_SEEDS if experiment.name == AGAIN else SEEDS)[place])
+            for named in seeds_of(experiment):
+                yield Cell(experiment, named[place])
+
+
+def seeds_of(experiment: Experiment) -> tuple[tuple[int, ...], ...]:
+    """SEEDS, for all but two: the rerun has others, and TRL both, for a small difference is to be told from none."""
+    return {AGAIN: (OTHER_SEEDS,), TRL: (SEEDS, OTHER_SEEDS)}.get(experiment.name, (SEEDS,))
 
 
 def named(names: Sequence[str], known: Sequence[Experiment]) -> list[Experiment]:

@@ -196,7 +196,8 @@ def beside_trl(found: Study) -> Any:
     for row, task in zip(axes, tasks, strict=True):
         for axis, curve in zip(row, ("accuracy", "length", "entropy"), strict=True):
             for name, color, dashes in ((BASELINE, COLORS[0], "-"), (TRL, COLORS[1], "--")):
-                if one := band(found.results[task, name].experiment, curve):
+                ours = found.of_all_seeds(task)
+                if one := band(ours if name == BASELINE else found.results[task, name].experiment, curve):
                     axis.fill_between(one.steps, one.low, one.high, color=color, alpha=0.2, linewidth=0)
                     label = "this project" if name == BASELINE else name
                     axis.plot(one.steps, one.mean, color=color, linestyle=dashes, linewidth=1.8, label=label)

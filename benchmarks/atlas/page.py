@@ -106,7 +106,7 @@ def _to_baseline(found: Study, result: Result, name: str) -> str:
 
 
 def _curves(found: Study, result: Result) -> str:
-    baseline = found.results[result.experiment.task, BASELINE].experiment
+    baseline = found.of_all_seeds(result.experiment.task)
     return words.bands(agreement(result.experiment, baseline), (result.experiment.name, BASELINE))
 
 

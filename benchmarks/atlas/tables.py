@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.atlas import words
 from benchmarks.atlas.estimate import Result, Study, agreement, scalar
+from benchmarks.atlas.intervals import crossed
 from benchmarks.atlas.records import AGAIN, BASELINE, SHUFFLED, TRL
 from rewards.tables import markdown
 
@@ -115,15 +116,17 @@ def _control(result: Result) -> str:
 
 def beside_trl(study: Study) -> str:
     """Each task that was also run in TRL: final accuracy, and the two mean curves in each other's bands."""
-    rows = [["task", "here, %", "TRL, %", "TRL minus here, points", "width, points", "curves of accuracy"]]
+    rows = [["task", "seeds", "here, %", "TRL, %", "TRL minus here, points", "width, points", "curves of accuracy"]]
     for task in study.tasks:
         named = {result.experiment.name: result for result in study.of(task)}
         if TRL in named and BASELINE in named and (found := named[TRL].difference):
-            curves = agreement(named[TRL].experiment, named[BASELINE].experiment)
+            here = study.of_all_seeds(task)
+            curves = agreement(named[TRL].experiment, here)
             rows.append(
                 [
                     task,
-                    words.interval(named[BASELINE].accuracy, "share"),
+                    str(len({*here.seeds} & {*named[TRL].experiment.seeds})),
+                    words.interval(crossed(here.after_SP), "share"),
                     words.interval(named[TRL].accuracy, "share"),
                     words.interval(found, "share", "+"),
                     words.number(found.high - found.low, "share"),
