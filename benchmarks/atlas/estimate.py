@@ -51,6 +51,11 @@ def _end(name: str) -> Callable[[Run, float], float]:
     return of
 
 
+def _change(name: str) -> Callable[[Run, float], float]:
+    """The end of the training curve less its first point."""
+    return lambda run, level: _end(name)(run, level) - _known_mean(run.curve.get(name, np.array([]))[:1])
+
+
 def _known_mean(values_C: Any) -> float:
     known = values_C[~np.isnan(values_C)] if values_C is not None else np.array([])
     return float(known.mean()) if len(known) else math.nan
@@ -68,8 +73,12 @@ SCALARS = {
     "AUC": Scalar(_mean("accuracy"), "share"),  # area under the training curve, divided by its length
     "steps": Scalar(_steps_to, "steps"),
     "entropy": Scalar(_end("entropy"), "nats"),
+    "entropy change": Scalar(_change("entropy"), "nats"),
+    "length": Scalar(_end("length"), "tokens"),
+    "length change": Scalar(_change("length"), "tokens"),
     "right length": Scalar(_end("right_length"), "tokens"),
     "wrong length": Scalar(_end("wrong_length"), "tokens"),
+    "wrong length change": Scalar(_change("wrong_length"), "tokens"),
     "held-out right length": Scalar(lambda run, level: run.after.right_length, "tokens"),
     "held-out wrong length": Scalar(lambda run, level: run.after.wrong_length, "tokens"),
     "truncated": Scalar(_end("truncated"), "share"),

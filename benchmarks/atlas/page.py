@@ -5,6 +5,7 @@ A table stands between `<!-- atlas: WHAT -->` and `<!-- end -->`, where WHAT is
     ways                the experiments of a task        ways, more        its other numbers
     ways / mu           those of one question of it      ways, verdicts    a sentence each
     checks, TRL         controls; this project beside TRL
+    claims              what papers claim, and what was found (claims.yaml)
 
 A number in a sentence stands between `<!-- = WHICH -->` and `<!-- . -->`, where WHICH is
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 
-from benchmarks.atlas import tables, words
+from benchmarks.atlas import claims, tables, words
 from benchmarks.atlas.estimate import SCALARS, Result, Study, agreement, difference, scalar, study
 from benchmarks.atlas.records import BASELINE, Run
 
@@ -46,8 +47,13 @@ def fill(text: str, runs: Sequence[Run]) -> str:
 
 def table(found: Study, what: str) -> str:
     """What a mark of a table asks for."""
-    if what in ("checks", "TRL"):
-        return tables.checks(found) if what == "checks" else tables.beside_trl(found)
+    alone = {
+        "checks": tables.checks,
+        "TRL": tables.beside_trl,
+        "claims": lambda study: claims.table(study, claims.claims()),
+    }
+    if what in alone:
+        return alone[what](found)
     where, _, kind = what.partition(", ")
     task, _, question = where.partition(" / ")
     _known(what, task, found.tasks)
@@ -128,6 +134,7 @@ def whole(found: Study, runs: Sequence[Run]) -> dict[str, str]:
         "CPU hours": f"{sum(run.seconds for run in runs) / 3600:.1f}",
         **kinds,
         "none": str(sum(result.verdict == "none" for result in compared)),
+        **claims.counts(found, claims.claims()),
     }
 
 
@@ -158,6 +165,10 @@ Made by `python -m benchmarks.atlas` from `runs.jsonl` beside it. What the numbe
 ## Checks
 
 {checks}
+
+## What papers claim
+
+{claims}
 """
 
 
@@ -171,6 +182,7 @@ def report(runs: Sequence[Run]) -> str:
     }
     parts = [
         REPORT.format(
+            claims=claims.table(found, claims.claims()),
             compared=counts["compared"],
             runs=counts["runs"],
             hours=counts["CPU hours"],
