@@ -54,6 +54,22 @@ def test_runs_in_another_order_give_the_same_differences(runs: list[Run], found:
     assert {key: each.q for key, each in other.results.items()} == {key: each.q for key, each in found.results.items()}
 
 
+def test_runs_of_other_processors_are_no_pair_for_their_starts_differ(lines: list[dict[str, Any]]) -> None:
+    pairs = [line for line in lines if line["task"] == "ways" and line["experiment"] in ("baseline", "mu 4")]
+    elsewhere = copy.deepcopy([line for line in pairs if line["seed"] < 3])
+    for line in elsewhere:
+        line["processor"] = "another"
+        line["after"]["sampled"] = "0" * len(line["after"]["sampled"])  # a bad start for both: their difference is 0
+    found = study([Run.of(line) for line in [*pairs, *elsewhere]])
+    mu, base = (shares([*pairs, *elsewhere], name) for name in ("mu 4", "baseline"))
+    assert len(mu) == 7 and found.results["ways", "mu 4"].difference == crossed((mu - base)[[0, 5, 1, 6, 2, 3, 4]])
+    alone = study([Run.of(line) for line in [*pairs, *(each for each in elsewhere if each["experiment"] == "mu 4")]])
+    assert (
+        alone.results["ways", "mu 4"].difference
+        == study([Run.of(line) for line in pairs]).results["ways", "mu 4"].difference
+    )
+
+
 def test_only_shared_seeds_are_compared(runs: list[Run], found: Study) -> None:
     fewer = study([run for run in runs if (run.experiment, run.seed) != ("mu 4", 2)]).results["ways", "mu 4"]
     only = study([run for run in runs if run.seed != 2]).results["ways", "mu 4"]
@@ -70,7 +86,7 @@ def test_trl_is_compared_with_all_seeds_of_the_baseline(lines: list[dict[str, An
     both = np.concatenate([shares(lines, "baseline"), shares(lines, "baseline again")])
     assert len(both) == 10
     assert found.results["ways", "TRL"].difference == crossed(shares(lines, "TRL") - both)
-    assert found.of_all_seeds("ways").seeds == list(range(1, 11))
+    assert [seed for seed, _ in found.of_all_seeds("ways").starts] == list(range(1, 11))
 
 
 def test_the_comparisons_are_all_experiments_but_the_checks(found: Study) -> None:
@@ -132,7 +148,7 @@ def test_a_band_runs_from_the_lowest_to_the_highest_and_a_null_of_all_seeds_is_a
 
 
 def test_records_that_contradict_each_other_are_refused(lines: list[dict[str, Any]], runs: list[Run]) -> None:
-    with pytest.raises(ValueError, match="ways, baseline, seed 1: recorded twice"):
+    with pytest.raises(ValueError, match="ways, baseline, seed 1 on a processor: recorded twice"):
         experiments([*runs, runs[0]])
     other = copy.deepcopy(lines[0]) | {"seed": 9}
     other["after"]["sampled"] += "0"

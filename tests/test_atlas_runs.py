@@ -23,6 +23,7 @@ from rewards import extract_hash_answer
 from rewards.jsonl import read_jsonl
 from sft_core.cli import parse_config
 from sft_core.model.tiny import build_tiny
+from sft_core.run.provenance import provenance
 from sft_core.text.arithmetic import ArithmeticStream
 
 KNOWN = experiments()
@@ -101,11 +102,13 @@ def test_trl_runs_with_the_seeds_of_the_baseline_and_of_its_rerun() -> None:
 
 # --- the plan
 
+HERE = provenance(None)["hardware"][0]
+
 
 def record(cell: Cell, **changes: Any) -> dict[str, Any]:
     experiment = cell.experiment
     known = {"task": experiment.task, "experiment": experiment.name, "seed": cell.seed, "flags": experiment.flags}
-    return {**known, "seconds": 10.0, **changes}
+    return {**known, "seconds": 10.0, "processor": HERE, **changes}
 
 
 def test_what_is_recorded_is_not_run_again_unless_its_flags_have_changed(tmp_path: Path) -> None:
@@ -124,7 +127,19 @@ def test_the_time_is_that_of_other_seeds_or_of_the_baseline(tmp_path: Path) -> N
     by_label = {cell.experiment.label: plan.cost(cell) for cell in plan.cells}
     assert by_label[other.experiment.label] == 50 and by_label["rare/no scaling"] == 20
     assert by_label["stale/CISPO"] == pool.RUN_SECONDS
-    assert "of 2 runs the time is a guess" in plan.lines(1)
+    assert "of 4 runs the time is a guess" in plan.lines(1)  # CISPO with two seeds, and the baselines beside it
+
+
+def test_a_run_on_another_processor_than_its_baseline_has_the_baseline_run_there_too(tmp_path: Path) -> None:
+    baseline, other = (Cell(named([f"rare/{name}"], KNOWN)[0], 2) for name in (BASELINE, "no scaling"))
+    elsewhere = record(baseline, processor="another, 1 threads")
+    assert Plan.of([baseline, other], [elsewhere], tmp_path).cells == [baseline, other]
+    assert Plan.of([other], [elsewhere], tmp_path).cells == [baseline, other]
+    assert Plan.of([other], [record(baseline)], tmp_path).cells == [other]
+    assert Plan.of([baseline, other], [elsewhere, record(other)], tmp_path).cells == [baseline], "recorded alone"
+    assert Plan.of([baseline, other], [elsewhere, record(other, processor="another")], tmp_path).cells == []
+    trl, again = (Cell(named([f"ways/{name}"], KNOWN)[0], 7) for name in (TRL, AGAIN))
+    assert Plan.of([trl], [], tmp_path).cells == [again, trl]
 
 
 def test_a_run_waits_for_its_start_and_starts_are_made_when_they_are_wanted(tmp_path: Path) -> None:
@@ -133,7 +148,11 @@ def test_a_run_waits_for_its_start_and_starts_are_made_when_they_are_wanted(tmp_
         Cell(named([label], KNOWN)[0], seed)
         for label, seed in (("rare/no scaling", 1), ("ways/mu 4", 1), ("rare/no scaling", 2))
     )
-    plan = Plan.of([first, second, third], [], tmp_path)
+    bases = [
+        record(Cell(named([f"{cell.experiment.task}/{BASELINE}"], KNOWN)[0], cell.seed))
+        for cell in (first, second, third)
+    ]
+    plan = Plan.of([first, second, third], bases, tmp_path)
     assert plan.starts == [("slips", 1), ("slips", 2)]
     left, todo, made = list(plan.starts), list(plan.cells), set[Any]()
     assert pool._next(left, todo, made, plan) == ("slips", 1)

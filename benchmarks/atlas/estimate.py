@@ -1,7 +1,7 @@
 """What the records of the atlas say: each experiment against the baseline of its task, with intervals and verdicts.
 
 Accuracy is that of the samples on held-out problems after training; `crossed` gives its intervals. Everything else is
-one number for each run (`SCALARS`), compared by seed.
+one number for each run (`SCALARS`), compared by start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.atlas.intervals import (
     paired,
     unpaired,
 )
-from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, TRL, Experiment, Run, band, experiments
+from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, TRL, Experiment, Run, Start, band, experiments
 
 FOUND = 0.05  # a difference with a q-value up to this one is called real
 LAST = 1 / 5  # the share of a curve that stands for its end
@@ -150,7 +150,7 @@ class Study:
         if name == "steps" and any(np.isnan(each).any() for each in values):
             return None  # the runs that got there are not a fair sample of all
         known = [
-            each.of([seed for seed, value in zip(each.seeds, at, strict=True) if not math.isnan(value)])
+            each.of([start for start, value in zip(each.starts, at, strict=True) if not math.isnan(value)])
             for each, at in zip((first, second), values, strict=True)
         ]
         if len(shared := _shared(*known)) > 1:
@@ -160,12 +160,12 @@ class Study:
         return unpaired(*(self.values(each, name) for each in known))
 
 
-def _shared(first: Experiment, second: Experiment) -> list[int]:
-    return sorted(set(first.seeds) & set(second.seeds))
+def _shared(first: Experiment, second: Experiment) -> list[Start]:
+    return sorted(set(first.starts) & set(second.starts))
 
 
 def difference(first: Experiment, second: Experiment) -> Estimate:
-    """`second` minus `first` in held-out accuracy: by seed and problem where the seeds, so the starts, are the same."""
+    """`second` minus `first` in held-out accuracy: by start and problem where both began from the same ones."""
     if len(shared := _shared(first, second)) > 1:
         return crossed(second.of(shared).after_SP - first.of(shared).after_SP)
     return crossed_unpaired(first.after_SP, second.after_SP)
@@ -194,7 +194,7 @@ def study(runs: Sequence[Run]) -> Study:
 def of_all_seeds(named: Iterable[Experiment], task: str) -> Experiment:
     """A task's baseline with the runs of its rerun: twice the seeds, beside which TRL ran."""
     both = [each for each in named if each.task == task and each.name in (BASELINE, AGAIN)]
-    return Experiment(tuple(sorted((run for each in both for run in each.runs), key=lambda run: run.seed)))
+    return Experiment(tuple(sorted((run for each in both for run in each.runs), key=lambda run: run.start)))
 
 
 def _level(baseline: Experiment) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.atlas.experiments import Cell
-from benchmarks.atlas.records import BASELINE
+from benchmarks.atlas.experiments import Cell, experiments, seeds_of
+from benchmarks.atlas.records import AGAIN, BASELINE
 from benchmarks.atlas.runs import Record, append_record, record_of
 from benchmarks.atlas.starts import start_of
+from sft_core.run.provenance import provenance
 
 START_SECONDS, RUN_SECONDS = 70.0, 30.0  # of a CPU core, where nothing is recorded yet
 
@@ -34,9 +35,10 @@ class Plan:
 
     @staticmethod
     def of(wanted: Iterable[Cell], records: Sequence[Record], work: Path) -> Plan:
-        """The wanted runs that are not recorded with the same flags."""
+        """The wanted runs that are not recorded with the same flags, and the baselines that those are compared with."""
         done = {(r["task"], r["experiment"], r["seed"], tuple(r["flags"])) for r in records}
-        left = [cell for cell in wanted if cell.key not in done]
+        wanted = list(wanted)
+        left = list(with_baselines(wanted, [cell for cell in wanted if cell.key not in done], records))
         starts = dict.fromkeys((cell.experiment.start, cell.seed) for cell in left)
         missing = [start for start in starts if not (work / "starts" / f"{start[0]}-{start[1]}" / "final").is_dir()]
         seconds: dict[str, list[float]] = {}
@@ -67,6 +69,29 @@ class Plan:
             f"{processes} {'processes' if processes > 1 else 'process'}"
             + (f" (of {guessed} runs the time is a guess: none of their task is recorded)" if guessed else "")
         )
+
+
+def with_baselines(wanted: Sequence[Cell], left: Sequence[Cell], records: Sequence[Record]) -> Iterator[Cell]:
+    """The runs that are left, and before the first of a task and seed its baseline, unless it is recorded on this
+    processor: SFT leaves other weights on another, and only runs from the same weights are compared in pairs."""
+    here = provenance(None)["hardware"][0].partition(",")[0]
+    bases = {
+        (each.task, seed): each
+        for each in experiments()
+        if each.name in (BASELINE, AGAIN)
+        for seed in seeds_of(each)[0]
+    }
+    ran = [r for r in records if r["processor"].partition(",")[0] == here]
+    known = {(r["task"], r["seed"]) for r in ran if r["experiment"] in (BASELINE, AGAIN)}
+    known |= {(cell.experiment.task, cell.seed) for cell in left if cell.experiment.name in (BASELINE, AGAIN)}
+    tasks = {cell.experiment.task for cell in wanted}
+    lone = [((r["task"], r["seed"]), None) for r in ran if r["task"] in tasks]
+    for at, cell in [*lone, *(((cell.experiment.task, cell.seed), cell) for cell in left)]:
+        if at not in known and at in bases:
+            known.add(at)
+            yield Cell(bases[at], at[1])
+        if cell:
+            yield cell
 
 
 def _alone() -> None:

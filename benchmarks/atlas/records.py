@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+Start = tuple[int, str]  # seed and processor: runs of a task with the same one begin with the same weights
 BASELINE, AGAIN, SHUFFLED, TRL = "baseline", "baseline again", "shuffled rewards", "TRL"
 CHECKS = (BASELINE, AGAIN, SHUFFLED, TRL)  # not changes that are compared with the baseline to find out what they do
 
@@ -58,6 +59,10 @@ class Run:
     def label(self) -> str:
         return f"{self.task}/{self.experiment}"
 
+    @property
+    def start(self) -> Start:
+        return self.seed, self.processor
+
     @staticmethod
     def of(record: Mapping[str, Any]) -> Run:
         curve = dict(record["curve"])
@@ -84,7 +89,7 @@ def _number(value: float | None) -> float:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All runs of one experiment, by rising seed."""
+    """All runs of one experiment, by start."""
 
     runs: tuple[Run, ...]
 
@@ -105,8 +110,8 @@ class Experiment:
         return self.runs[0].flags
 
     @cached_property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
+    def starts(self) -> list[Start]:
+        return [run.start for run in self.runs]
 
     @cached_property
     def after_SP(self) -> Any:
@@ -117,8 +122,8 @@ class Experiment:
     def before_SP(self) -> Any:
         return np.stack([run.before.sampled_P for run in self.runs])
 
-    def of(self, seeds: Sequence[int]) -> Experiment:
-        return Experiment(tuple(run for run in self.runs if run.seed in seeds))
+    def of(self, starts: Sequence[Start]) -> Experiment:
+        return Experiment(tuple(run for run in self.runs if run.start in starts))
 
 
 def parsed(lines: Sequence[str]) -> list[Run]:
@@ -137,25 +142,25 @@ def experiments(runs: Sequence[Run]) -> list[Experiment]:
     Raises:
         ValueError: a run is recorded twice, or the runs of a task have not answered the same problems.
     """
-    by_task: dict[str, dict[str, dict[int, Run]]] = {}
+    by_task: dict[str, dict[str, dict[Start, Run]]] = {}
     for run in runs:
-        seeds = by_task.setdefault(run.task, {}).setdefault(run.experiment, {})
-        if run.seed in seeds:
-            raise ValueError(f"{run.task}, {run.experiment}, seed {run.seed}: recorded twice")
-        seeds[run.seed] = run
+        starts = by_task.setdefault(run.task, {}).setdefault(run.experiment, {})
+        if run.start in starts:
+            raise ValueError(f"{run.task}, {run.experiment}, seed {run.seed} on {run.processor}: recorded twice")
+        starts[run.start] = run
     for task, named in by_task.items():
         sizes = {
             held.sampled_P.size
-            for seeds in named.values()
-            for run in seeds.values()
+            for starts in named.values()
+            for run in starts.values()
             for held in (run.before, run.after)
         }
         if len(sizes) > 1:
             raise ValueError(f"{task}: runs with {' and '.join(map(str, sorted(sizes)))} held-out problems")
     return [
-        Experiment(tuple(run for _, run in sorted(seeds.items())))
+        Experiment(tuple(run for _, run in sorted(starts.items())))
         for named in by_task.values()
-        for seeds in named.values()
+        for starts in named.values()
     ]
 
 

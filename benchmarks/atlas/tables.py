@@ -125,7 +125,7 @@ def beside_trl(study: Study) -> str:
             rows.append(
                 [
                     task,
-                    str(len({*here.seeds} & {*named[TRL].experiment.seeds})),
+                    str(len({*here.starts} & {*named[TRL].experiment.starts})),
                     words.interval(crossed(here.after_SP), "share"),
                     words.interval(named[TRL].accuracy, "share"),
                     words.interval(found, "share", "+"),
