@@ -19,13 +19,24 @@ OTHER_SEEDS = (6, 7, 8, 9, 10)  # `seeds_of` says whose
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a model is to learn from which start, and the flags of its baseline."""
+
+    name: str
+    about: str
+    start: str  # the kind of model (starts.py)
+    flags: str
+    beside_trl: bool = False
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What is changed, on which task, to answer which question."""
 
     task: str
     name: str
     question: str
-    start: str  # the kind of model that it starts from (starts.py)
+    start: str  # the task's
     base: tuple[str, ...]  # the task's flags of grpo_core.train
     change: tuple[str, ...]
 
@@ -70,20 +81,25 @@ def experiments(table: Path = TABLE) -> list[Experiment]:
     """
     read = yaml.safe_load(table.read_text())
     found = []
-    for task, about in read["tasks"].items():
-        base = (about["start"], tuple(shlex.split(about["flags"])))
-        found.append(Experiment(task, BASELINE, BASELINE, *base, ()))
+    for task in tasks(table):
+        base = (task.start, tuple(shlex.split(task.flags)))
+        found.append(Experiment(task.name, BASELINE, BASELINE, *base, ()))
         for each in read["experiments"]:
-            if each["task"] == task:
+            if each["task"] == task.name:
                 for name, flags in each["runs"].items():
-                    found.append(Experiment(task, str(name), each["question"], *base, tuple(shlex.split(flags))))
-        found.append(Experiment(task, AGAIN, BASELINE, *base, ()))
-        found += [Experiment(task, TRL, TRL, *base, ())] if about.get("beside_trl") else []
+                    found.append(Experiment(task.name, str(name), each["question"], *base, tuple(shlex.split(flags))))
+        found.append(Experiment(task.name, AGAIN, BASELINE, *base, ()))
+        found += [Experiment(task.name, TRL, TRL, *base, ())] if task.beside_trl else []
     labels = [experiment.label for experiment in found]
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"{table.name}: {label} is there twice")
     return found
+
+
+def tasks(table: Path = TABLE) -> list[Task]:
+    """All of them, in the table's order."""
+    return [Task(name, **about) for name, about in yaml.safe_load(table.read_text())["tasks"].items()]
 
 
 def questions(table: Path = TABLE) -> list[Question]:

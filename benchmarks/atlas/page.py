@@ -5,7 +5,7 @@ A table stands between `<!-- atlas: WHAT -->` and `<!-- end -->`, where WHAT is
     ways                the experiments of a task        ways, more        its other numbers
     ways / mu           those of one question of it      ways, verdicts    a sentence each
     checks, TRL         controls; this project beside TRL
-    claims              what papers claim, and what was found (claims.yaml)
+    tasks, claims       what each task is; what papers claim, and what was found (claims.yaml)
 
 A number in a sentence stands between `<!-- = WHICH -->` and `<!-- . -->`, where WHICH is
 
@@ -48,6 +48,7 @@ def fill(text: str, runs: Sequence[Run]) -> str:
 def table(found: Study, what: str) -> str:
     """What a mark of a table asks for."""
     alone = {
+        "tasks": tables.tasks,
         "checks": tables.checks,
         "TRL": tables.beside_trl,
         "claims": lambda study: claims.table(study, claims.claims()),

@@ -46,7 +46,7 @@ class Run:
     experiment: str
     seed: int
     question: str
-    flags: tuple[str, ...]
+    change: tuple[str, ...]  # the flags that make it another run than the baseline
     seconds: float  # CPU seconds
     commit: str
     versions: str
@@ -72,7 +72,7 @@ class Run:
             experiment=record["experiment"],
             seed=record["seed"],
             question=record["question"],
-            flags=tuple(record["flags"]),
+            change=tuple(record["change"]),
             seconds=record["seconds"],
             commit=record["commit"],
             versions=record["versions"],
@@ -106,8 +106,8 @@ class Experiment:
         return self.runs[0].question
 
     @property
-    def flags(self) -> tuple[str, ...]:
-        return self.runs[0].flags
+    def change(self) -> tuple[str, ...]:
+        return self.runs[0].change
 
     @cached_property
     def starts(self) -> list[Start]:

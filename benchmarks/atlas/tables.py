@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.atlas import words
+from benchmarks.atlas import experiments, words
 from benchmarks.atlas.estimate import Result, Study, agreement, scalar
 from benchmarks.atlas.intervals import crossed
 from benchmarks.atlas.records import AGAIN, BASELINE, SHUFFLED, TRL
@@ -28,7 +28,7 @@ def first(study: Study, task: str, question: str | None = None) -> str:
         rows.append(
             [
                 result.experiment.name,
-                f"`{' '.join(result.experiment.flags)}`" if result.experiment.flags else "",
+                f"`{' '.join(result.experiment.change)}`" if result.experiment.change else "",
                 words.interval(result.accuracy, "share"),
                 _difference(result),
                 words.probability(result.q) + ("*" if result.holm is not None and result.holm <= 0.05 else ""),
@@ -88,6 +88,17 @@ def steps(study: Study, result: Result) -> str:
         return "never"
     some = f" ({len(known_S)} of {len(values_S)})" if len(known_S) < len(values_S) else ""
     return f"{known_S.mean():.0f}{some}"
+
+
+def tasks(study: Study) -> str:
+    """What each task is, its baseline's command, and how much that learns."""
+    rows = [["task", "what it is", "the baseline: `python -m grpo_core.train`", "right samples before and after, %"]]
+    for task in experiments.tasks():
+        if (base := study.results.get((task.name, BASELINE))) is not None:
+            before = words.number(float(base.experiment.before_SP.mean()), "share")
+            reached = f"{before} to {words.interval(base.accuracy, 'share')}"
+            rows.append([f"`{task.name}`", task.about, f"`{' '.join(task.flags.split())}`", reached])
+    return markdown(rows)
 
 
 def checks(study: Study) -> str:
