@@ -78,7 +78,10 @@ def test_the_table_says_what_is_excluded(found: Study) -> None:
         rows["A"].endswith("| **reproduced** |")
         and "ways/mu 4: right samples | +9.5 [+4.0, +15.1] points |" in rows["A"]
     )
-    assert rows["E"].split(" | ")[-1].startswith("not found; more than +") and rows["D"].count("agrees: beyond [") == 1
+    assert (
+        rows["E"].split(" | ")[-1].startswith("not found; more than +")
+        and rows["D"].count("agrees: no difference found, beyond [") == 1
+    )
     assert "ways/mu 4 less mu 2: right samples" in rows["I"] and "ways/baseline: entropy change" in rows["G"]
     assert counts(found, ALL)["claims"] == "9" and counts(found, ALL)["claims contradicted"] == "2"
 

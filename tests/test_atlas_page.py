@@ -205,6 +205,14 @@ def test_a_page_is_filled_once_and_stays(runs: list[Run]) -> None:
     assert first_cells == ["| baseline", "| mu 2", "| mu 4", "| mu 8, no clipping"]
 
 
+def test_a_question_may_have_commas_in_its_name(lines: list[dict[str, Any]]) -> None:
+    named = [line | {"question": "mu, at last, more"} if line["question"] == "mu" else line for line in lines]
+    again = [Run.of(line) for line in named]
+    for mark in ("ways / mu, at last, more", "ways / mu, at last, more, more", "ways / mu, at last, more, verdicts"):
+        text = fill(f"<!-- atlas: {mark} -->\n<!-- end -->", again)
+        assert "mu 8, no clipping" in text and "group 16" not in text
+
+
 def test_a_page_that_is_older_than_its_records_is_not_current(lines: list[dict[str, Any]], runs: list[Run]) -> None:
     text = fill(PAGE[PAGE.index("Against mu 2") :], runs)
     other = [Run.of(line | {"seconds": 1.0} if line["experiment"] != "mu 4" else line) for line in lines]
@@ -225,6 +233,7 @@ def test_a_page_that_is_older_than_its_records_is_not_current(lines: list[dict[s
         ("<!-- = run --><!-- . -->", "the nearest is 'runs'"),
         ("<!-- atlas: ways / mue -->\n<!-- end -->", "'mue' is not recorded; the nearest is 'mu'"),
         ("<!-- atlas: ways, mor -->\n<!-- end -->", "the nearest is 'more'"),
+        ("<!-- atlas: ways / mu, mor -->\n<!-- end -->", "the nearest is 'more'"),
     ],
 )
 def test_a_mark_that_names_nothing_is_refused(runs: list[Run], mark: str, message: str) -> None:

@@ -125,7 +125,7 @@ OTHER_FLAGS = {
 OTHER_FLAGS |= {"mode", "response", "expected"}  # grpo_core.pipeline, rewards
 OTHER_FLAGS |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}  # torchrun
 OTHER_FLAGS |= {"seeds", "logdir", "help"}  # benchmarks.plots, tensorboard, every program
-OTHER_FLAGS |= {"parts", "minutes"}  # benchmarks.sitting
+OTHER_FLAGS |= {"parts", "minutes", "records"}  # benchmarks.sitting, benchmarks.atlas
 
 
 @pytest.mark.parametrize("page", OWN_PAGES, ids=lambda page: page.name)

@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.atlas.experiments import experiments
 from grpo_core import doctor
 from grpo_core.config import GRPOConfig
-from grpo_core.doctor.__main__ import CAUSES, GRPO, SFT, findings, notes, report
+from grpo_core.doctor.__main__ import CAUSES, GRPO, SFT, as_json, findings, notes, report
 from grpo_core.doctor.finding import Finding
+from grpo_core.doctor.measured import MEASURED
 from grpo_core.doctor.readlog import LEAST_LINES, Run, read_run
 from sft_core.job import SFTConfig
+from tests.pages import DOCS, anchors
 from tests.sick.record import CASES
 
 SICK = Path(__file__).parent / "sick"
@@ -230,3 +233,21 @@ def test_greedy_accuracy_far_above_the_samples_is_explained() -> None:
 def folder(tmp_path: Path) -> Path:
     """A copy of a recorded run, to spoil."""
     return Path(shutil.copytree(SICK / "too_hard", tmp_path / "run"))
+
+
+# --- where the advice was tried
+
+
+def test_what_was_tried_is_a_section_and_rows_of_the_atlas() -> None:
+    sections = anchors((DOCS / "atlas.md").read_text(encoding="utf-8"))
+    rows = {each.label: each.question for each in experiments()}
+    assert MEASURED.keys() <= {*CAUSES, *CASES}
+    for name, (section, tried) in MEASURED.items():
+        assert section in sections and tried and rows.keys() >= {*tried}, name
+
+
+def test_a_finding_names_the_rows_that_support_its_advice() -> None:
+    text = " ".join(report(sick("entropy_collapse")).split())
+    assert "tried: docs/atlas.md#entropy (ways/temperature 1.3; " in text
+    told = as_json(sick("entropy_collapse"))["findings"][0]["measured"]
+    assert told in text and "tried:" not in report(sick("never_rewarded")).split("\n\n")[1]

@@ -162,7 +162,7 @@ def test_the_command_prints_for_machines(capsys: pytest.CaptureFixture[str]) -> 
     said = json.loads(capsys.readouterr().out, parse_constant=lambda constant: pytest.fail(constant))
     assert (said["kind"], said["steps"]) == ("grpo", [1, 12])
     assert said["findings"][0]["name"] == "everything_truncated"
-    assert said["findings"][0].keys() == {"name", "what", "evidence", "advice", "follows"}
+    assert said["findings"][0].keys() == {"name", "what", "evidence", "advice", "follows", "measured"}
     assert said["numbers"]["truncated_share"] == [1, 1]
     main([str(SICK / "sft_healthy"), "--json"])
     assert json.loads(capsys.readouterr().out)["kind"] == "sft"

@@ -15,7 +15,7 @@ PIPELINE = ("rewards", "sft_core", "eval", "grpo_core", "benchmarks")  # each im
 SOURCES = sorted(path for package in PIPELINE for path in (ROOT / package).rglob("*.py"))
 
 # A distribution whose import name is another one.
-IMPORT_NAMES = {"pyyaml": "yaml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL"}
 
 
 class Import:

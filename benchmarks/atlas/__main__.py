@@ -15,11 +15,11 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.atlas.estimate import study
-from benchmarks.atlas.experiments import SEEDS, Experiment, cells, experiments, named
+from benchmarks.atlas.experiments import SEEDS, cells, experiments, named
 from benchmarks.atlas.figures import draw
 from benchmarks.atlas.page import fill, report
 from benchmarks.atlas.pool import Plan, take
@@ -37,7 +37,9 @@ SHOWS = {
     "length, with a budget that suffices": ("accuracy", "right_length", "wrong_length"),
     "rare success": ("accuracy", "flat"),
     "two rewards": ("accuracy", "length"),
-    "samples that have become stale": ("accuracy", "entropy", "clipped"),
+    "bounds on stale samples": ("accuracy", "entropy", "clipped"),
+    "losses for stale samples": ("accuracy", "entropy", "clipped"),
+    "other brakes on stale samples": ("accuracy", "entropy"),
 }
 
 
@@ -78,16 +80,22 @@ def main() -> int:
         failed = take(plan, given.records, given.work, given.processes, given.minutes)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    for path in written(known, given.records):
+    for path in written(given.records):
         print(path)
     return 1 if failed else 0
 
 
-def written(known: Sequence[Experiment], records: Path) -> list[Path]:
-    """Tables and figures beside the records, and where these are the project's own, the numbers of docs/atlas.md."""
-    labels = [each.label for each in known]
+def recorded(records: Path) -> list[Run]:
+    """The runs of the table's experiments, in its order and under its questions."""
+    table = {each.label: (place, each.question) for place, each in enumerate(experiments())}
     runs = [Run.of(record) for record in read_jsonl(records)]
-    runs = sorted((run for run in runs if run.label in labels), key=lambda run: (labels.index(run.label), run.seed))
+    known = [replace(run, question=table[run.label][1]) for run in runs if run.label in table]
+    return sorted(known, key=lambda run: (table[run.label][0], run.start))
+
+
+def written(records: Path) -> list[Path]:
+    """Tables and figures beside the records, and where these are the project's own, the numbers of docs/atlas.md."""
+    runs = recorded(records)
     if not any(result.difference for result in study(runs).results.values()):
         print("no tables yet: they take two seeds of a task's baseline, and two of something else")
         return []

@@ -54,7 +54,8 @@ class Judged:
     def told(self) -> str:
         """The verdict with what the interval excludes."""
         if self.verdict == "agrees":
-            return f"agrees: beyond {words.interval(self.found, self.unit, '+').partition(' ')[2]} is excluded"
+            within = words.interval(self.found, self.unit, "+").partition(" ")[2]
+            return f"agrees: no difference found, beyond {within} is excluded"
         if self.verdict != "not found":
             return self.verdict
         above = self.claim.expected == "above"

@@ -4,6 +4,7 @@ A table stands between `<!-- atlas: WHAT -->` and `<!-- end -->`, where WHAT is
 
     ways                the experiments of a task        ways, more        its other numbers
     ways / mu           those of one question of it      ways, verdicts    a sentence each
+    ways / mu, asked    what is claimed of it, and what was expected
     checks, TRL         controls; this project beside TRL
     tasks, claims       what each task is; what papers claim, and what was found (claims.yaml)
 
@@ -31,6 +32,7 @@ KINDS: dict[str, Callable[[Study, str, str | None], str]] = {
     "": tables.first,
     "more": tables.more,
     "verdicts": tables.verdicts,
+    "asked": tables.asked,
 }
 
 
@@ -55,12 +57,18 @@ def table(found: Study, what: str) -> str:
     }
     if what in alone:
         return alone[what](found)
-    where, _, kind = what.partition(", ")
-    task, _, question = where.partition(" / ")
+    where, slash, rest = what.partition(" / ")
+    question, comma, kind = rest.rpartition(", ")
+    task = where
+    if not slash:
+        task, _, kind = what.partition(", ")
     _known(what, task, found.tasks)
+    questions = {each.experiment.question for each in found.of(task)}
+    if slash and (rest in questions or not comma):  # a question's name may have commas of its own
+        question, kind = rest, ""
     _known(what, kind, KINDS)
-    if question:
-        _known(what, question, {each.experiment.question for each in found.of(task)})
+    if slash:
+        _known(what, question, questions)
     return KINDS[kind](found, task, question or None)
 
 
@@ -132,11 +140,17 @@ def whole(found: Study, runs: Sequence[Run]) -> dict[str, str]:
         "compared": str(len(compared)),
         "tasks": str(len(found.tasks)),
         "runs": str(len(runs)),
+        "seeds": _from_to(len(result.experiment.runs) for result in compared),
         "CPU hours": f"{sum(run.seconds for run in runs) / 3600:.1f}",
         **kinds,
         "none": str(sum(result.verdict == "none" for result in compared)),
         **claims.counts(found, claims.claims()),
     }
+
+
+def _from_to(numbers: Iterable[int]) -> str:
+    among = sorted(set(numbers)) or [0]
+    return " to ".join(map(str, dict.fromkeys((among[0], among[-1]))))
 
 
 def _known(which: str, name: str, names: Iterable[str]) -> str:

@@ -147,6 +147,12 @@ def beside_trl(study: Study) -> str:
     return markdown(rows)
 
 
+def asked(study: Study, task: str, question: str | None = None) -> str:
+    """What papers claim and what was expected, as experiments.yaml had it before the runs."""
+    about = [each for each in experiments.questions() if each.task == task and question in (None, each.name)]
+    return "\n\n".join(f"*Claimed.* {each.paper}.\n\n*Expected, before the runs.* {each.predicted}." for each in about)
+
+
 def verdicts(study: Study, task: str, question: str | None = None) -> str:
     """A sentence for each experiment that is compared, as a list."""
     compared = [result for result in study.of(task, question) if result.q is not None]

@@ -18,6 +18,7 @@ from typing import Any
 from grpo_core.doctor import findings as symptoms
 from grpo_core.doctor import movement
 from grpo_core.doctor.finding import APART, SOLVED, Finding
+from grpo_core.doctor.measured import measured
 from grpo_core.doctor.readlog import LEAST_LINES, Run, read_run
 from rewards.terminal import Arguments
 from sft_core.cli import run_ends, user_errors
@@ -130,6 +131,8 @@ def report(run: Run) -> str:
         lines += _wrapped(f"{number}. {finding.what}", " " * 3)
         lines += _wrapped(f"   seen: {finding.evidence}", " " * 9)
         lines += _wrapped(f"   try:  {finding.advice}", " " * 9)
+        if where := measured(finding.name):
+            lines += _wrapped(f"   tried: {where}", " " * 9)
         if finding.follows:
             cause = 1 + [other.name for other in found].index(finding.follows)
             lines.append(f"   Probably a consequence of {cause}.")
@@ -169,7 +172,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "run": run.name,
         "kind": "grpo" if run.grpo else "sft",
         "steps": [run.train[0]["step"], run.train[-1]["step"]] if run.train else [],
-        "findings": [dataclasses.asdict(finding) for finding in findings(run)],
+        "findings": [{**dataclasses.asdict(finding), "measured": measured(finding.name)} for finding in findings(run)],
         "notes": notes(run),
         "numbers": pairs,
     }

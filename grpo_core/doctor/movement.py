@@ -100,7 +100,8 @@ def entropy_collapse(run: Run) -> Finding | None:
         "entropy_collapse",
         "The entropy has collapsed: the model always writes the same, and explores nothing new.",
         f"{run.trend('entropy')} nats a token; {run.trend('zero_variance_share')}",
-        "lower --lr; --entropy_coef 0.001, --beta 0.04, a higher --temperature; with --mu above 1 --epsilon_high 0.28",
+        "lower --lr or --mu; a higher --temperature; --beta 0.04; in long runs --entropy_coef and, with --mu above 1, "
+        "--epsilon_high 0.28",
     )
 
 
