@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.atlas.claims import Claim, claims, counts, judged, table
+from benchmarks.atlas.claims import ALIKE, Claim, claims, counts, judged, table
 from benchmarks.atlas.estimate import SCALARS, Study, study
 from benchmarks.atlas.experiments import experiments
 from benchmarks.atlas.intervals import paired
@@ -19,7 +19,9 @@ pytest.importorskip("scipy", reason="pip install '.[test]'")
 UP = Claim("mu 4 is better", "A", "ways/mu 4", "above")
 DOWN = Claim("mu 4 is worse", "B", "ways/mu 4", "below")
 BROKEN = Claim("without clipping it breaks", "C", "ways/mu 8, no clipping", "below")
-SAME = Claim("mu 2 is nothing", "D", "ways/mu 2", "none")
+SAME = Claim("the baseline is itself", "D", "ways/baseline", "none")
+WIDE = Claim("mu 2 is nothing", "N", "ways/mu 2", "none")
+OTHER = Claim("without clipping nothing changes", "O", "ways/mu 8, no clipping", "none")
 LARGER = Claim("larger groups are better", "E", "ways/group 16", "above")
 LOOSER = Claim("mu 4 keeps the entropy", "F", "ways/mu 4", "above", of="entropy")
 FALLS = Claim("entropy falls", "G", "ways/baseline", "below", of="entropy change")
@@ -47,6 +49,12 @@ def test_a_verdict_is_the_side_of_zero_on_which_the_interval_lies(found: Study) 
         "H": "reproduced",
         "I": "reproduced",
     }
+
+
+def test_no_difference_is_said_only_where_a_large_one_is_excluded(found: Study) -> None:
+    narrow, wide, other = judged(found, [SAME, WIDE, OTHER])
+    assert (narrow.verdict, wide.verdict, other.verdict) == ("agrees", "unclear", "contradicted")
+    assert not wide.found.clear and max(-wide.found.low, wide.found.high) > ALIKE
 
 
 def test_one_of_many_is_unclear_where_it_would_be_found_alone(found: Study) -> None:
@@ -80,7 +88,7 @@ def test_the_table_says_what_is_excluded(found: Study) -> None:
     )
     assert (
         rows["E"].split(" | ")[-1].startswith("not found; more than +")
-        and rows["D"].count("agrees: no difference found, beyond [") == 1
+        and rows["D"].count("agrees: a difference beyond [") == 1
     )
     assert "ways/mu 4 less mu 2: right samples" in rows["I"] and "ways/baseline: entropy change" in rows["G"]
     assert counts(found, ALL)["claims"] == "9" and counts(found, ALL)["claims contradicted"] == "2"

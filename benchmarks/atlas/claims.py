@@ -15,6 +15,7 @@ from benchmarks.atlas.intervals import Estimate, benjamini_hochberg, paired
 from benchmarks.atlas.records import BASELINE
 from rewards.tables import markdown
 
+ALIKE = 0.03  # a share: an interval within 3 points of 0 is called no difference
 TABLE = Path(__file__).with_name("claims.yaml")
 
 
@@ -42,10 +43,11 @@ class Judged:
     @property
     def verdict(self) -> str:
         """`reproduced`, `contradicted`, `unclear` (its interval excludes 0, but it is one of many) or `not found`;
-        of a claim that there is no difference, `agrees` or `contradicted`."""
+        of a claim that there is no difference: `agrees`, where a large one is excluded, or `contradicted`."""
         clear = self.found.clear and self.q <= FOUND
         if self.claim.expected == "none":
-            return "contradicted" if clear else "unclear" if self.found.clear else "agrees"
+            small = max(abs(self.found.low), abs(self.found.high)) <= ALIKE
+            return "agrees" if small else "contradicted" if clear else "unclear"
         if not clear:
             return "unclear" if self.found.clear else "not found"
         return "reproduced" if (self.found.value > 0) == (self.claim.expected == "above") else "contradicted"
@@ -55,7 +57,7 @@ class Judged:
         """The verdict with what the interval excludes."""
         if self.verdict == "agrees":
             within = words.interval(self.found, self.unit, "+").partition(" ")[2]
-            return f"agrees: no difference found, beyond {within} is excluded"
+            return f"agrees: a difference beyond {within} is excluded"
         if self.verdict != "not found":
             return self.verdict
         above = self.claim.expected == "above"
