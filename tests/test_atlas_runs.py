@@ -1,33 +1,29 @@
-"""The atlas's experiments, the models that they start from, and what is recorded of a run."""
+"""The atlas's experiments, the plan of their runs, and what is recorded of a run."""
 
 from __future__ import annotations
 
-import doctest
 import json
-import random
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.atlas import pool, rewards, runs, starts
+from benchmarks.atlas import pool, runs
 from benchmarks.atlas.experiments import SEEDS, Cell, cells, experiments, named, questions
 from benchmarks.atlas.pool import Plan
 from benchmarks.atlas.records import AGAIN, BASELINE, CHECKS, SHUFFLED, TRL
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
 from grpo_core.train import PRESETS, run
-from rewards import extract_hash_answer
 from rewards.jsonl import read_jsonl
 from sft_core.cli import parse_config
 from sft_core.model.tiny import build_tiny
 from sft_core.run.provenance import provenance
-from sft_core.text.arithmetic import ArithmeticStream
 
 KNOWN = experiments()
 SMALL = ("--prompts_per_step", "2", "--group_size", "4", "--max_steps", "10", "--eval_problems", "6")
+SHORT = ("--max_completion_tokens", "8", "--eval_samples", "2")
 
 
 def test_forty_experiments_and_more_with_five_seeds_each() -> None:
@@ -176,7 +172,7 @@ def cell_and_work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, Path]
     start.parent.mkdir(parents=True)
     build_tiny(start, seed=3)
     known = named(["ways/5% flipped"], KNOWN)[0]
-    flags = (*SMALL, "--max_completion_tokens", "8", "--eval_samples", "2")
+    flags = (*SMALL, *SHORT)
     return Cell(replace(known, change=(*known.change, *flags)), 3), work
 
 
@@ -220,42 +216,6 @@ def test_a_mean_of_nothing_or_of_what_is_not_finite_is_none() -> None:
     assert runs._mean([]) is None and runs._mean([1.0, float("nan")]) is None and runs._mean([None, 2.0]) == 2.0
 
 
-# --- starts and rewards
-
-
-def test_a_rambling_solution_copies_its_lines_and_ends_in_their_result() -> None:
-    stream = ArithmeticStream("train", 0, 4)
-    copies: Counter[int] = Counter()
-    for index in range(400):
-        solution = stream[index]["answer"]
-        *lines, answer = starts.rambling(solution, random.Random(index)).splitlines()
-        steps = solution.count("\n")
-        assert lines == lines[:steps] * (len(lines) // steps)
-        assert lines[-1].endswith(f">>{extract_hash_answer(answer)}")
-        copies[len(lines) // steps - 1] += 1
-    assert 170 <= copies[0] <= 230 and 70 <= copies[1] <= 130 and max(copies) == starts.COPIES
-
-
-@pytest.mark.parametrize(
-    "share, reward", [(0.05, rewards.flipped_5), (0.2, rewards.flipped_20), (0.4, rewards.flipped_40)]
-)
-def test_so_many_verdicts_are_turned_round_each_step_others(share: float, reward: Any) -> None:
-    class State:
-        global_step = 1
-
-    texts, gold = ["#### 4"] * 4000, ["4"] * 4000
-    first, again = (reward(prompts=texts, completions=texts, answer=gold, trainer_state=State()) for _ in range(2))
-    assert first == again and abs(first.count(0.0) / 4000 - share) < 0.03
-    State.global_step = 2
-    assert reward(prompts=texts, completions=texts, answer=gold, trainer_state=State()) != first
-
-
-@pytest.mark.parametrize("module", [rewards, starts])
-def test_examples_in_docstrings(module: Any) -> None:
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
-
-
 @pytest.mark.slow
 def test_runs_on_two_processes_are_kept_as_they_end_and_a_failure_is_told(
     cell_and_work: tuple[Cell, Path],
@@ -263,18 +223,33 @@ def test_runs_on_two_processes_are_kept_as_they_end_and_a_failure_is_told(
     cell, work = cell_and_work
     broken = replace(cell.experiment, name="broken", change=(*cell.experiment.change, "--lr", "-1"))
     wanted, path = [Cell(broken, 3), cell, Cell(replace(cell.experiment, name="again"), 3)], work / "runs.jsonl"
-    failed = pool.take(Plan.of(wanted, [], work), path, work, processes=2, minutes=None)
+    base = record(Cell(named([f"ways/{BASELINE}"], KNOWN)[0], 3))
+    failed = pool.take(Plan.of(wanted, [base], work), path, work, processes=2, minutes=None)
     assert len(failed) == 1 and failed[0].startswith("ways/broken, seed 3: ") and "--lr" in failed[0]
     first, second = sorted(read_jsonl(path), key=lambda found: found["experiment"])
     assert (first["experiment"], second["experiment"]) == ("5% flipped", "again")
     assert first["curve"] == second["curve"] and first["after"] == second["after"]
-    assert Plan.of(wanted, [first, second], work).cells == wanted[:1]
-    assert pool.take(Plan.of(wanted, [], work), path, work, processes=1, minutes=1e-9) == []
+    assert Plan.of(wanted, [base, first, second], work).cells == wanted[:1]
+    assert pool.take(Plan.of(wanted, [base], work), path, work, processes=1, minutes=1e-9) == []
     assert len(read_jsonl(path)) == 2, "the time was over before the first run"
 
 
+@pytest.mark.parametrize("name", ["5% flipped", "temperature 1.3"])
+def test_a_run_that_reads_its_answers_before_training_has_the_record_of_one_that_gives_them(
+    cell_and_work: tuple[Cell, Path], name: str
+) -> None:
+    _, work = cell_and_work
+    known = named([f"ways/{name}"], KNOWN)[0]
+    cell = Cell(replace(known, change=(*known.change, *SMALL, *SHORT)), 3)
+    kept = work / "starts" / "ways-3" / "before-6x2-8-float32.jsonl"
+    kept.unlink(missing_ok=True)
+    first, second = runs.record_of(cell, work), runs.record_of(cell, work)
+    assert kept.is_file()
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
 def test_held_out_answers_are_drawn_at_temperature_one_whatever_a_run_trains_with(
-    cell_and_work: tuple[Cell, Path],
+    cell_and_work: tuple[Cell, Path], tmp_path: Path
 ) -> None:
     _, work = cell_and_work
     small = "--prompts_per_step 1 --group_size 2 --max_steps 1 --eval_problems 4 --max_completion_tokens 8 --lr 1e-12"
@@ -283,7 +258,8 @@ def test_held_out_answers_are_drawn_at_temperature_one_whatever_a_run_trains_wit
     for name in ("baseline", "temperature 1.3", "top_p 0.9"):
         folder = work / name.replace(" ", "-")
         flags = [*named([f"ways/{name}"], KNOWN)[0].flags, *small.split(), *model, "--output_dir", str(folder)]
-        log, _ = runs.trained(parse_config(GRPOConfig, flags, PRESETS))
+        config = parse_config(GRPOConfig, flags, PRESETS)
+        log, _ = runs.trained(config, tmp_path / name)
         answers[name] = [read_jsonl(folder / "heldout" / f"step-00000{step}.jsonl") for step in (0, 1)]
         assert [line["kind"] for line in log] == ["eval", "train", "eval"]
     assert answers["temperature 1.3"] == answers["top_p 0.9"] == answers["baseline"]
