@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.atlas import words
-from benchmarks.atlas.estimate import FOUND, Result, Study, difference, scalar
+from benchmarks.atlas.estimate import FOUND, Study, difference, scalar
 from benchmarks.atlas.intervals import Estimate, benjamini_hochberg, paired
 from benchmarks.atlas.records import BASELINE
 from rewards.tables import markdown
@@ -28,7 +28,12 @@ class Claim:
     where: str  # task/experiment
     expected: str  # above, below or none
     of: str = "difference"  # in held-out accuracy; `gain`, a scalar, or `SCALAR change`: from first to last
-    against: str = BASELINE  # of a `gain` and of a change: nothing
+    against: str = BASELINE
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is about this experiment's runs by themselves, whatever `against` is."""
+        return self.of == "gain" or self.of.endswith(" change")
 
 
 @dataclass(frozen=True)
@@ -95,15 +100,10 @@ def _measured(study: Study, claim: Claim) -> tuple[Estimate, str] | None:
         return second.gain, "share"
     if claim.of == "difference":
         return difference(first.experiment, second.experiment), "share"
-    found = _change(study, second, claim.of) or study.between(first.experiment, second.experiment, claim.of)
+    if claim.alone:
+        return paired(study.values(second.experiment, claim.of)), scalar(claim.of).unit
+    found = study.between(first.experiment, second.experiment, claim.of)
     return (found, scalar(claim.of).unit) if found else None
-
-
-def _change(study: Study, result: Result, of: str) -> Estimate | None:
-    return paired(study.values(result.experiment, of)) if of.endswith(" change") else None
-
-
-UNITS = {"share": "points", "nats": "nats", "tokens": "tokens"}
 
 
 def table(study: Study, known: Sequence[Claim]) -> str:
@@ -111,10 +111,10 @@ def table(study: Study, known: Sequence[Claim]) -> str:
     rows = [["claim", "by", "measured on", "found", "q", "verdict"]]
     for each in judged(study, known):
         claim = each.claim
-        alone = claim.of == "gain" or claim.of.endswith(" change")
-        where = claim.where if alone or claim.against == BASELINE else f"{claim.where} less {claim.against}"
+        where = claim.where if claim.alone or claim.against == BASELINE else f"{claim.where} less {claim.against}"
         what = {"difference": "right samples", "gain": "right samples, after less before"}.get(claim.of, claim.of)
-        found = words.interval(each.found, each.unit, "+") + f" {UNITS.get(each.unit, each.unit)}".rstrip()
+        unit = "points" if each.unit == "share" else each.unit
+        found = f"{words.interval(each.found, each.unit, '+')} {unit}".rstrip()
         verdict = f"**{each.told}**" if each.verdict in ("reproduced", "contradicted") else each.told
         rows.append([claim.says, claim.by, f"{where}: {what}", found, words.probability(each.q), verdict])
     return markdown(rows)

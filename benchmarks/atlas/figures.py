@@ -198,10 +198,10 @@ def beside_trl(found: Study) -> Any:
         len(tasks), 3, figsize=(8.9, 2.6 * len(tasks) + 0.5), layout="constrained", squeeze=False
     )
     for row, task in zip(axes, tasks, strict=True):
+        runs = {BASELINE: found.of_all_seeds(task), TRL: found.results[task, TRL].experiment}
         for axis, curve in zip(row, ("accuracy", "length", "entropy"), strict=True):
             for name, color, dashes in ((BASELINE, COLORS[0], "-"), (TRL, COLORS[1], "--")):
-                ours = found.of_all_seeds(task)
-                if one := band(ours if name == BASELINE else found.results[task, name].experiment, curve):
+                if one := band(runs[name], curve):
                     axis.fill_between(one.steps, one.low, one.high, color=color, alpha=0.2, linewidth=0)
                     label = "this project" if name == BASELINE else name
                     axis.plot(one.steps, one.mean, color=color, linestyle=dashes, linewidth=1.8, label=label)

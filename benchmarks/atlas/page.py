@@ -18,7 +18,7 @@ A number in a sentence stands between `<!-- = WHICH -->` and `<!-- . -->`, where
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 
@@ -44,7 +44,8 @@ def fill(text: str, runs: Sequence[Run]) -> str:
     """
     found = study(runs)
     text = TABLE.sub(lambda match: f"<!-- atlas: {match[1]} -->\n\n{table(found, match[1])}\n\n<!-- end -->", text)
-    return NUMBER.sub(lambda match: f"{match[1]}{marked(found, runs, match[2])}<!-- . -->", text)
+    numbers = whole(found, runs)
+    return NUMBER.sub(lambda match: f"{match[1]}{marked(found, numbers, match[2])}<!-- . -->", text)
 
 
 def table(found: Study, what: str) -> str:
@@ -72,10 +73,9 @@ def table(found: Study, what: str) -> str:
     return KINDS[kind](found, task, question or None)
 
 
-def marked(found: Study, runs: Sequence[Run], which: str) -> str:
-    """What a mark of a number asks for."""
+def marked(found: Study, numbers: Mapping[str, str], which: str) -> str:
+    """What a mark of a number asks for. `numbers`: those of the whole atlas."""
     if "/" not in which:
-        numbers = whole(found, runs)
         return numbers[_known(which, which, numbers)]
     task, _, rest = which.partition("/")
     name, _, wanted = rest.rpartition("/")
