@@ -4,6 +4,8 @@ training sample."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from eval.evaluate import evaluate
 from grpo_core.config import GRPOConfig
 from grpo_core.job import prepare
 from rewards import same_number
+from rewards.jsonl import read_jsonl
 from sft_core.model.policy import load_policy
 from sft_core.model.source import find_source
 
@@ -29,10 +32,29 @@ def evaluated(config: GRPOConfig, model: str, step: int) -> None:
         samples=of_model.eval_samples,
         seed=of_model.seed,
     )
+    lines = [json.dumps(asdict(answer)) + "\n" for answer in found.answers]
+    _path(config, step).write_text("".join(lines), encoding="utf-8")
+
+
+def answered_before(config: GRPOConfig) -> int:
+    """Write the answers before training, which all runs of a start have in common: the first of them gives the answers
+    and leaves them beside the model, the others copy them. The number of problems."""
+    name = f"{config.eval_problems}x{config.eval_samples}-{config.max_completion_tokens}-{config.precision}"
+    kept, own = Path(config.model).parent / f"before-{name}.jsonl", _path(config, 0)
+    if kept.is_file():
+        shutil.copy(kept, own)
+    else:
+        evaluated(config, config.model, 0)
+        whole = kept.with_name(f"{kept.name}.{os.getpid()}")  # another process may do the same
+        shutil.copy(own, whole)
+        whole.replace(kept)
+    return len(read_jsonl(own))
+
+
+def _path(config: GRPOConfig, step: int) -> Path:
     folder = Path(config.output_dir) / "heldout"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(answer)) + "\n" for answer in found.answers]
-    (folder / f"step-{step:06}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / f"step-{step:06}.jsonl"
 
 
 def is_right(row: dict[str, Any]) -> bool:

@@ -6,14 +6,13 @@ import contextlib
 import io
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.atlas.evaluated import evaluated, is_right
+from benchmarks.atlas.evaluated import answered_before, evaluated, is_right
 from benchmarks.atlas.experiments import Cell
 from benchmarks.atlas.records import TRL
 from benchmarks.atlas.starts import start_of
@@ -58,7 +57,7 @@ def record_of(cell: Cell, work: Path) -> Record:
         began = time.process_time()
         # fp16's roundings at a bearable speed, on a CPU that lacks fp16 products.
         with FP16Products() if config.precision == "fp16" else contextlib.nullcontext():
-            log, completions = trained_by_trl(config) if experiment.name == TRL else trained(config, before_of(config))
+            log, completions = trained_by_trl(config) if experiment.name == TRL else trained(config)
     about = provenance(cell.seed)
     record = {
         "task": experiment.task,
@@ -79,31 +78,14 @@ def record_of(cell: Cell, work: Path) -> Record:
     return record
 
 
-def before_of(config: GRPOConfig) -> Path:
-    """Where the answers of a start are kept: all of its runs have the same before training."""
-    name = f"{config.eval_problems}x{config.eval_samples}-{config.max_completion_tokens}-{config.precision}"
-    return Path(config.model).parent / f"before-{name}.jsonl"
-
-
-def trained(config: GRPOConfig, before: Path) -> tuple[list[Record], list[Record]]:
-    """This project's run: its log and its completions. `before`: its answers before training, written by the first run
-    of a start and read by the others."""
+def trained(config: GRPOConfig) -> tuple[list[Record], list[Record]]:
+    """This project's run: its log and its completions."""
     begun = begin(prepare(config))
     assert begun, "a run in a new folder is not finished"
-    answers = begun.folder.answers_path(0)
-    if known := before.is_file():
-        answers.parent.mkdir(exist_ok=True)
-        shutil.copy(before, answers)
-        begun.folder.evaluations[0] = {"problems": len(read_jsonl(before)), "seconds": 0.0}
+    begun.folder.evaluations[0] = {"problems": answered_before(config), "seconds": 0.0}
     folder = begun.finish()
     if config.temperature != 1 or config.top_p < 1:  # by which the run has drawn its held-out answers, too
-        if not known:
-            evaluated(config, config.model, 0)
         evaluated(config, str(folder / "final"), config.max_steps)
-    if not known:
-        whole = before.with_name(f"{before.name}.{os.getpid()}")  # another process may do the same
-        shutil.copy(answers, whole)
-        whole.replace(before)
     return read_jsonl(folder / "log.jsonl"), read_jsonl(folder / "completions.jsonl")
 
 

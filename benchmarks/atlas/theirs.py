@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.atlas.evaluated import evaluated, is_right
+from benchmarks.atlas.evaluated import answered_before, evaluated, is_right
 from benchmarks.parity.compare import CLIP_METRICS, SAME_METRICS
 from benchmarks.speed.theirs import trainer_of
 from grpo_core.config import GRPOConfig
@@ -35,7 +35,7 @@ def train_theirs(config: GRPOConfig) -> tuple[list[dict[str, Any]], list[dict[st
             found = {"step": step, "extracted": extract(text) or "", "expected": expected, "tokens": len(tokens)}
             completions.append(found | {"rewards": {"reward": reward}})
 
-    evaluated(config, config.model, 0)
+    answered_before(config)
     trainer = trainer_of(job, str(folder / "trl"), sampled, logging_steps=1)
     trainer.train()
     trainer.save_model(str(folder / "final"))
