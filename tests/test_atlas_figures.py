@@ -29,7 +29,7 @@ def found(runs: list[Run]) -> Study:
 
 
 def test_the_pictures_are_small_and_the_same_bytes_each_time(runs: list[Run], tmp_path: Path) -> None:
-    few = [run for run in runs if run.experiment in ("baseline", "mu 4", "TRL") and run.task == "ways"]
+    few = study([run for run in runs if run.experiment in ("baseline", "mu 4", "TRL") and run.task == "ways"])
     (tmp_path / "again").mkdir()
     written = figures.draw(few, tmp_path)
     assert [path.name for path in written] == ["curves-ways.png", "forest.png", "trl.png"]

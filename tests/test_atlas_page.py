@@ -117,7 +117,7 @@ def test_a_seed_without_a_number_is_left_out_but_one_that_never_got_there_is_not
     values = [np.delete(found.values(each, "wrong length"), 2) for each in (first, second)]
     assert length == paired(values[1] - values[0])
     assert found.between(first, second, "steps") is None  # the four others would make it look quick
-    assert "34 (4 of 5)" in fill("<!-- = ways/mu 4/steps --><!-- . -->", [Run.of(line) for line in changed])
+    assert "34 (4 of 5)" in fill("<!-- = ways/mu 4/steps --><!-- . -->", found)
 
 
 def test_steps_count_to_half_of_the_baselines_way(found: Study) -> None:
@@ -194,9 +194,9 @@ Against mu 2: <!-- = ways/mu 4/difference against mu 2 --><!-- . -->, in entropy
 """
 
 
-def test_a_page_is_filled_once_and_stays(runs: list[Run]) -> None:
-    text = fill(PAGE, runs)
-    assert fill(text, runs) == text and text.startswith("Text.\n")
+def test_a_page_is_filled_once_and_stays(found: Study) -> None:
+    text = fill(PAGE, found)
+    assert fill(text, found) == text and text.startswith("Text.\n")
     assert "<!-- = ways/mu 4/difference -->+9.5 points [+4.0, +15.1]<!-- . -->, q " in text
     assert "<!-- = compared -->7<!-- . --> comparisons." in text
     assert "| mu 4 | `--flag 4` | 75.2 [70.0, 80.5] | **+9.5 [+4.0, +15.1]** |" in text
@@ -207,21 +207,21 @@ def test_a_page_is_filled_once_and_stays(runs: list[Run]) -> None:
 
 def test_a_question_may_have_commas_in_its_name(lines: list[dict[str, Any]]) -> None:
     named = [line | {"question": "mu, at last, more"} if line["question"] == "mu" else line for line in lines]
-    again = [Run.of(line) for line in named]
+    again = study([Run.of(line) for line in named])
     for mark in ("ways / mu, at last, more", "ways / mu, at last, more, more", "ways / mu, at last, more, verdicts"):
         text = fill(f"<!-- atlas: {mark} -->\n<!-- end -->", again)
         assert "mu 8, no clipping" in text and "group 16" not in text
 
 
-def test_a_page_that_is_older_than_its_records_is_not_current(lines: list[dict[str, Any]], runs: list[Run]) -> None:
-    text = fill(PAGE[PAGE.index("Against mu 2") :], runs)
-    other = [Run.of(line | {"seconds": 1.0} if line["experiment"] != "mu 4" else line) for line in lines]
+def test_a_page_that_is_older_than_its_records_is_not_current(lines: list[dict[str, Any]], found: Study) -> None:
+    text = fill(PAGE[PAGE.index("Against mu 2") :], found)
+    other = study([Run.of(line | {"seconds": 1.0} if line["experiment"] != "mu 4" else line) for line in lines])
     assert fill(text, other) == text  # nothing on the page is about seconds
     moved = copy.deepcopy(lines)
     for line in moved:
         if line["experiment"] == "mu 4":
             line["after"]["sampled"] = "4" + line["after"]["sampled"][1:-2] + "00"
-    assert fill(text, [Run.of(line) for line in moved]) != text
+    assert fill(text, study([Run.of(line) for line in moved])) != text
 
 
 @pytest.mark.parametrize(
@@ -236,13 +236,13 @@ def test_a_page_that_is_older_than_its_records_is_not_current(lines: list[dict[s
         ("<!-- atlas: ways / mu, mor -->\n<!-- end -->", "the nearest is 'more'"),
     ],
 )
-def test_a_mark_that_names_nothing_is_refused(runs: list[Run], mark: str, message: str) -> None:
+def test_a_mark_that_names_nothing_is_refused(found: Study, mark: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fill(mark, runs)
+        fill(mark, found)
 
 
-def test_the_report_holds_every_experiment_and_what_made_it(runs: list[Run]) -> None:
-    text = report(runs)
+def test_the_report_holds_every_experiment_and_what_made_it(runs: list[Run], found: Study) -> None:
+    text = report(found)
     assert all(text.count(f"\n| {run.experiment} | ") >= 2 for run in runs)
     assert "70 runs, 0.4 CPU hours, a processor; torch 2; commit 0123abc." in text
     assert text.count("]: flat |") == 2  # the control of each task

@@ -95,14 +95,14 @@ def recorded(records: Path) -> list[Run]:
 
 def written(records: Path) -> list[Path]:
     """Tables and figures beside the records, and where these are the project's own, the numbers of docs/atlas.md."""
-    runs = recorded(records)
-    if not any(result.difference for result in study(runs).results.values()):
+    found = study(recorded(records))
+    if not any(result.difference for result in found.results.values()):
         print("no tables yet: they take two seeds of a task's baseline, and two of something else")
         return []
-    (records.parent / "README.md").write_text(report(runs), encoding="utf-8")
-    paths = [records.parent / "README.md", *draw(runs, records.parent, SHOWS)]
+    (records.parent / "README.md").write_text(report(found), encoding="utf-8")
+    paths = [records.parent / "README.md", *draw(found, records.parent, SHOWS)]
     if records == RECORDS and PAGE.is_file():
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
         paths.append(PAGE)
     return paths
 

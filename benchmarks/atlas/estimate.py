@@ -125,6 +125,10 @@ class Study:
     levels: dict[str, float]
 
     @property
+    def runs(self) -> list[Run]:
+        return [run for result in self.results.values() for run in result.experiment.runs]
+
+    @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(task for task, _ in self.results))
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.atlas import words
-from benchmarks.atlas.estimate import Study, study
+from benchmarks.atlas.estimate import Study
 from benchmarks.atlas.forest import GREY, forest
-from benchmarks.atlas.records import BASELINE, CHECKS, TRL, Band, Experiment, Run, band
+from benchmarks.atlas.records import BASELINE, CHECKS, TRL, Band, Experiment, band
 from benchmarks.plots.sheet import COLORS, DASHES
 
 COLUMNS = 3
@@ -37,7 +37,7 @@ AXES = {  # a curve's title, and whether it is a share
 }
 
 
-def draw(runs: Sequence[Run], folder: Path, shows: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+def draw(found: Study, folder: Path, shows: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
     """Write every picture to `folder`: `curves-TASK.png`, `forest.png`, and `trl.png` where TRL ran.
 
     Args:
@@ -49,7 +49,6 @@ def draw(runs: Sequence[Run], folder: Path, shows: Mapping[str, Sequence[str]] |
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    found = study(runs)
     figures = {f"curves-{task}": curves(found, task, shows or {}) for task in found.tasks}
     figures["forest"] = forest(found)
     if any(name == TRL for _, name in found.results):

@@ -18,13 +18,13 @@ A number in a sentence stands between `<!-- = WHICH -->` and `<!-- . -->`, where
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 
 from benchmarks.atlas import claims, tables, words
-from benchmarks.atlas.estimate import SCALARS, Result, Study, agreement, difference, scalar, study
-from benchmarks.atlas.records import BASELINE, Run
+from benchmarks.atlas.estimate import SCALARS, Result, Study, agreement, difference, scalar
+from benchmarks.atlas.records import BASELINE
 
 TABLE = re.compile(r"<!-- atlas: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"(<!-- = (.+?) -->).*?<!-- \. -->", re.DOTALL)
@@ -36,15 +36,14 @@ KINDS: dict[str, Callable[[Study, str, str | None], str]] = {
 }
 
 
-def fill(text: str, runs: Sequence[Run]) -> str:
+def fill(text: str, found: Study) -> str:
     """The page with its tables and numbers as these records give them; what is between other marks stays.
 
     Raises:
         ValueError: a mark names what the records do not hold.
     """
-    found = study(runs)
     text = TABLE.sub(lambda match: f"<!-- atlas: {match[1]} -->\n\n{table(found, match[1])}\n\n<!-- end -->", text)
-    numbers = whole(found, runs)
+    numbers = whole(found)
     return NUMBER.sub(lambda match: f"{match[1]}{marked(found, numbers, match[2])}<!-- . -->", text)
 
 
@@ -131,7 +130,7 @@ def _with_unit(found: Study, result: Result, name: str) -> str:
     return text if text == "-" else text + unit
 
 
-def whole(found: Study, runs: Sequence[Run]) -> dict[str, str]:
+def whole(found: Study) -> dict[str, str]:
     """Counts over the whole atlas, by name. `better`, `worse`, `unclear` and `none` count the compared experiments."""
     compared = [result for result in found.results.values() if result.q is not None]
     kinds = {kind: str(sum(result.verdict == kind for result in compared)) for kind in ("better", "worse", "unclear")}
@@ -139,9 +138,9 @@ def whole(found: Study, runs: Sequence[Run]) -> dict[str, str]:
         "experiments": str(len(found.results)),
         "compared": str(len(compared)),
         "tasks": str(len(found.tasks)),
-        "runs": str(len(runs)),
+        "runs": str(len(found.runs)),
         "seeds": _from_to(len(result.experiment.runs) for result in compared),
-        "CPU hours": f"{sum(run.seconds for run in runs) / 3600:.1f}",
+        "CPU hours": f"{sum(run.seconds for run in found.runs) / 3600:.1f}",
         **kinds,
         "none": str(sum(result.verdict == "none" for result in compared)),
         **claims.counts(found, claims.claims()),
@@ -187,12 +186,11 @@ Made by `python -m benchmarks.atlas` from `runs.jsonl` beside it. What the numbe
 """
 
 
-def report(runs: Sequence[Run]) -> str:
+def report(found: Study) -> str:
     """benchmarks/results/atlas/README.md: every table, and what made the records."""
-    found = study(runs)
-    counts = whole(found, runs)
+    counts = whole(found)
     made = {
-        name: ", ".join(dict.fromkeys(getattr(run, name) for run in runs))
+        name: ", ".join(dict.fromkeys(getattr(run, name) for run in found.runs))
         for name in ("commit", "versions", "processor")
     }
     parts = [
