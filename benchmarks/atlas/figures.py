@@ -124,7 +124,8 @@ def _dress(axis: Any, curve: str) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if share:
-        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=int(high - low < 0.05)))
 
 
 def _same_scale(axes: Sequence[Any]) -> None:
