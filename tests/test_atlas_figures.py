@@ -10,7 +10,7 @@ import pytest
 from benchmarks.atlas import figures
 from benchmarks.atlas.estimate import Study, study
 from benchmarks.atlas.forest import LOOKS, WIDEST, forest, halves
-from benchmarks.atlas.records import Run, band
+from benchmarks.atlas.records import Band, Run, band
 from tests.atlas_records import records
 
 pytest.importorskip("scipy", reason="pip install '.[test]'")
@@ -50,6 +50,18 @@ def test_a_panel_for_each_question_and_curve_with_the_baseline_in_it(found: Stud
     names = [text.get_text().replace("\n", " ") for text in panels["mu", entropy].texts]
     assert sorted(names) == ["baseline", "mu 2", "mu 4", "mu 8, no clipping"]
     assert len({panels[key].get_ylim() for key in panels if key[1] == accuracy}) == 1
+    matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize("most", [1.0, 0.3, 0.18, 0.07, 0.021])
+def test_a_share_says_the_value_of_its_tick(found: Study, most: float) -> None:
+    base = band(found.results["ways", "baseline"].experiment, "accuracy")
+    assert base is not None
+    figure, axis = matplotlib.pyplot.subplots(figsize=(3, 2.3))
+    figures.panel(axis, "clipped", None, [("small", Band(base.steps, *[base.mean / base.mean.max() * most] * 3))])
+    figure.canvas.draw()
+    ticks = [(tick, label.get_text()) for tick, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)]
+    assert len(ticks) > 2 and all(float(text.strip("%")) == pytest.approx(100 * tick) for tick, text in ticks)
     matplotlib.pyplot.close(figure)
 
 

@@ -88,7 +88,7 @@ def curves(found: Study, task: str, shows: Mapping[str, Sequence[str]]) -> Any:
     for axis, (question, curve) in zip(flat, panels, strict=False):
         base = band(named[BASELINE], curve) if BASELINE in named else None
         panel(axis, curve, base, [(each.name, band(each, curve)) for each in questions[question]])
-        axis.set_title(question, fontsize=9, fontweight="bold", loc="left")
+        axis.set_title(question, fontsize=8.4, fontweight="bold", loc="left")
     note = f"{task}, by step: means over seeds. Grey: the baseline, its band from the lowest to the highest seed"
     figure.suptitle(note, fontsize=9.5)
     _same_scale([axis for axis, (_, curve) in zip(flat, panels, strict=False) if curve == "accuracy"])
@@ -124,6 +124,7 @@ def _dress(axis: Any, curve: str) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if share:
+        axis.yaxis.set_major_locator(ticker.MaxNLocator("auto", steps=[1, 2, 5, 10]))  # 2.5% would be shown as 2%
         low, high = axis.get_ylim()
         axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=int(high - low < 0.05)))
 
