@@ -248,6 +248,6 @@ def test_what_was_tried_is_a_section_and_rows_of_the_atlas() -> None:
 
 def test_a_finding_names_the_rows_that_support_its_advice() -> None:
     text = " ".join(report(sick("entropy_collapse")).split())
-    assert "tried: docs/atlas.md#entropy (ways/temperature 1.3; " in text
+    assert "tried: docs/atlas.md#entropy (ways/lr 5e-6; " in text
     told = as_json(sick("entropy_collapse"))["findings"][0]["measured"]
     assert told in text and "tried:" not in report(sick("never_rewarded")).split("\n\n")[1]

@@ -154,7 +154,7 @@ def groups_alike(run: Run) -> Finding | None:
         advice = f"a harder --task or --difficulty; {more}"
         return Finding("too_easy", "The task is too easy: whole groups are right.", evidence, advice)
     if accuracy <= UNSOLVED:
-        advice = f"an easier --task or --difficulty, SFT first, a larger --group_size; {more}"
+        advice = f"an easier --task or --difficulty, SFT first; --mu 4 learns more from the few right answers; {more}"
         return Finding("too_hard", "The task is too hard: whole groups are wrong.", evidence, advice)
     advice = f"raise --temperature or --group_size; {more}"
     return Finding("groups_alike", "The completions of a group get equal rewards.", evidence, advice)

@@ -17,7 +17,7 @@ MEASURED: dict[str, tuple[str, tuple[str, ...]]] = {
     "lr_too_high": ("learning-rate", ("ways/lr 5e-4", "ways/lr 1e-4")),
     "lr_too_low": ("learning-rate", ("ways/lr 5e-6", "ways/LoRA, rank 16, the same lr")),
     "kl_explodes": ("kl-penalty", ("ways/beta 0.04", "ways/beta 0.1")),
-    "entropy_collapse": ("entropy", ("ways/temperature 1.3", "ways/entropy bonus 0.1", "stale/clip-higher")),
+    "entropy_collapse": ("entropy", ("ways/lr 5e-6", "ways/mu 4", "ways/entropy bonus 0.1", "stale/clip-higher")),
     "length_to_budget": (
         "length-with-a-budget-that-cuts",
         ("cut/overlong penalty", "cut/Dr. GRPO's constant", "cut/truncated answers left out"),

@@ -100,8 +100,7 @@ def entropy_collapse(run: Run) -> Finding | None:
         "entropy_collapse",
         "The entropy has collapsed: the model always writes the same, and explores nothing new.",
         f"{run.trend('entropy')} nats a token; {run.trend('zero_variance_share')}",
-        "lower --lr or --mu; a higher --temperature; --beta 0.04; in long runs --entropy_coef and, with --mu above 1, "
-        "--epsilon_high 0.28",
+        "lower --lr or --mu; in long runs --beta 0.04, --entropy_coef and, with --mu above 1, --epsilon_high 0.28",
     )
 
 
@@ -117,7 +116,7 @@ def length_to_budget(run: Run) -> Finding | None:
         "length_to_budget",
         "Completions grow until the budget cuts them off.",
         f"{run.trend('length_mean')} of {budget} tokens; {run.trend('truncated_share')}",
-        "find which of --rewards pays for length; add soft_overlong_reward_func; --mask_truncated; raise "
+        "find which of --rewards pays for length; add soft_overlong_reward_func; raise "
         "--max_completion_tokens if longer answers are better ones",
     )
 
