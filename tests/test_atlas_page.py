@@ -194,11 +194,14 @@ Against mu 2: <!-- = ways/mu 4/difference against mu 2 --><!-- . -->, in entropy
 """
 
 
-def test_a_page_is_filled_once_and_stays(found: Study) -> None:
+def test_a_page_is_filled_once_and_stays(runs: list[Run], found: Study) -> None:
     text = fill(PAGE, found)
     assert fill(text, found) == text and text.startswith("Text.\n")
     assert "<!-- = ways/mu 4/difference -->+9.5 points [+4.0, +15.1]<!-- . -->, q " in text
     assert "<!-- = compared -->7<!-- . --> comparisons." in text
+    ends = [run.after.sampled_P.mean() for run in runs if run.label == "ways/mu 4"]
+    lowest, highest = (f"{100 * end:.1f}" for end in (min(ends), max(ends)))
+    assert fill("<!-- = ways/mu 4/range --><!-- . -->", found).endswith(f"->{lowest} to {highest}%<!-- . -->")
     assert "| mu 4 | `--flag 4` | 75.2 [70.0, 80.5] | **+9.5 [+4.0, +15.1]** |" in text
     table = text.split("<!-- atlas: ways / mu, more -->")[1].split("<!-- end -->")[0]
     first_cells = [line.split(" | ")[0] for line in table.strip().splitlines()[2:]]

@@ -24,7 +24,7 @@ from functools import partial
 
 from benchmarks.atlas import claims, tables, words
 from benchmarks.atlas.estimate import SCALARS, Result, Study, agreement, difference, scalar
-from benchmarks.atlas.records import BASELINE
+from benchmarks.atlas.records import BASELINE, Experiment
 
 TABLE = re.compile(r"<!-- atlas: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"(<!-- = (.+?) -->).*?<!-- \. -->", re.DOTALL)
@@ -88,10 +88,12 @@ def marked(found: Study, numbers: Mapping[str, str], which: str) -> str:
 
 
 def quantity(found: Study, result: Result, wanted: str, which: str = "") -> str:
-    """`accuracy`, `gain`, `difference`, `q`, `verdict`, `control`, `curves` (whose mean lies in whose band); a scalar's
-    mean over seeds (`entropy`), or its `difference` to the baseline (`entropy difference`)."""
+    """`accuracy`, `range` (its lowest and highest run), `gain`, `difference`, `q`, `verdict`, `control`, `curves`
+    (whose mean lies in whose band); a scalar's mean over seeds (`entropy`), or its `difference` to the baseline
+    (`entropy difference`)."""
     named: dict[str, Callable[[], str]] = {
         "accuracy": lambda: words.percent(result.accuracy),
+        "range": lambda: _range(result.experiment),
         "gain": lambda: words.points(result.gain),
         "difference": lambda: words.points(result.difference) if result.difference else "-",
         "q": lambda: words.probability(result.q),
@@ -117,6 +119,11 @@ def between(found: Study, first: Result, second: Result, wanted: str) -> str:
 def _to_baseline(found: Study, result: Result, name: str) -> str:
     baseline = found.results.get((result.experiment.task, BASELINE))
     return between(found, baseline, result, name) if baseline and baseline is not result else "-"
+
+
+def _range(experiment: Experiment) -> str:
+    runs_S = experiment.after_SP.mean(axis=1)
+    return f"{words.number(float(runs_S.min()), 'share')} to {words.number(float(runs_S.max()), 'share')}%"
 
 
 def _curves(found: Study, result: Result) -> str:

@@ -32,7 +32,7 @@ def first(study: Study, task: str, question: str | None = None) -> str:
                 words.interval(result.accuracy, "share"),
                 _difference(result),
                 words.probability(result.q) + ("*" if result.holm is not None and result.holm <= 0.05 else ""),
-                mean(study, result, "greedy"),
+                mean(study, result, "greedy", arrow=True),
                 against(study, result, "AUC"),
                 steps(study, result),
             ]

@@ -156,5 +156,5 @@ def groups_alike(run: Run) -> Finding | None:
     if accuracy <= UNSOLVED:
         advice = f"an easier --task or --difficulty, SFT first; --mu 4 learns more from the few right answers; {more}"
         return Finding("too_hard", "The task is too hard: whole groups are wrong.", evidence, advice)
-    advice = f"raise --temperature or --group_size; {more}"
+    advice = f"--temperature 1 if it is lower; nothing, if accuracy rises; {more}"
     return Finding("groups_alike", "The completions of a group get equal rewards.", evidence, advice)
