@@ -55,14 +55,16 @@ def test_a_panel_for_each_question_and_curve_with_the_baseline_in_it(found: Stud
 
 @pytest.mark.parametrize("most", [1.0, 0.3, 0.18, 0.07, 0.021])
 def test_a_share_says_the_value_of_its_tick(found: Study, most: float) -> None:
+    from matplotlib import pyplot
+
     base = band(found.results["ways", "baseline"].experiment, "accuracy")
     assert base is not None
-    figure, axis = matplotlib.pyplot.subplots(figsize=(3, 2.3))
+    figure, axis = pyplot.subplots(figsize=(3, 2.3))
     figures.panel(axis, "clipped", None, [("small", Band(base.steps, *[base.mean / base.mean.max() * most] * 3))])
     figure.canvas.draw()
     ticks = [(tick, label.get_text()) for tick, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)]
     assert len(ticks) > 2 and all(float(text.strip("%")) == pytest.approx(100 * tick) for tick, text in ticks)
-    matplotlib.pyplot.close(figure)
+    pyplot.close(figure)
 
 
 def test_labels_keep_their_order_and_stand_apart_within_the_axis() -> None:

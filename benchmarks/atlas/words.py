@@ -23,11 +23,15 @@ def number(value: float, unit: str, sign: str = "") -> str:
 
 
 def interval(found: Estimate, unit: str, sign: str = "") -> str:
+    """A share itself, which has no sign, lies between 0 and 1, and so does what is said of its interval.
+
+    >>> interval(Estimate(0.0614, 0.02, 0.1, 0.01), "share", "+"), interval(Estimate(0.276, -0.03, 0.58, 0.1), "share")
+    ('+6.1 [+2.0, +10.0]', '27.6 [0.0, 58.0]')
     """
-    >>> interval(Estimate(0.0614, 0.02, 0.1, 0.01), "share", "+")
-    '+6.1 [+2.0, +10.0]'
-    """
-    value, low, high = (number(each, unit, sign) for each in (found.value, found.low, found.high))
+    ends = (found.low, found.high)
+    if unit == "share" and not sign:
+        ends = (max(found.low, 0.0), min(found.high, 1.0))
+    value, low, high = (number(each, unit, sign) for each in (found.value, *ends))
     return f"{value} [{low}, {high}]"
 
 
