@@ -97,6 +97,13 @@ def test_the_seconds_of_the_embedded_job_are_those_of_its_records() -> None:
     assert sum(lengths[-10:]) > 1.3 * sum(lengths[:10]) and held_out[-1] > 2 * held_out[0]  # "rise together"
 
 
+def test_the_gain_on_another_processor_is_that_of_its_record() -> None:
+    run = summary(EMBEDDED / "epyc-42")
+    said = re.search(r"seed 42 gained ([\d.]+) points on an AMD EPYC", README)
+    assert said is not None and "AMD EPYC" in (EMBEDDED / "epyc-42" / "provenance.json").read_text()
+    assert f"{100 * (run['after']['accuracy'] - run['before']['accuracy']):.1f}" == said[1]
+
+
 def test_what_grpo_did_not_teach_is_on_record() -> None:
     found = [summary(EMBEDDED / f"seed-{seed}") for seed in (42, 1, 2)]
     rates = {
