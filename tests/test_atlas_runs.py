@@ -258,8 +258,7 @@ def test_held_out_answers_are_drawn_at_temperature_one_whatever_a_run_trains_wit
     for name in ("baseline", "temperature 1.3", "top_p 0.9"):
         folder = work / name.replace(" ", "-")
         flags = [*named([f"ways/{name}"], KNOWN)[0].flags, *small.split(), *model, "--output_dir", str(folder)]
-        config = parse_config(GRPOConfig, flags, PRESETS)
-        log, _ = runs.trained(config)
+        log, _ = runs.trained(parse_config(GRPOConfig, flags, PRESETS))
         answers[name] = [read_jsonl(folder / "heldout" / f"step-00000{step}.jsonl") for step in (0, 1)]
         assert [line["kind"] for line in log] == ["train", "eval"]
     assert answers["temperature 1.3"] == answers["top_p 0.9"] == answers["baseline"]

@@ -3,7 +3,6 @@ training sample."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -17,6 +16,8 @@ from rewards import same_number
 from rewards.jsonl import read_jsonl
 from sft_core.model.policy import load_policy
 from sft_core.model.source import find_source
+from sft_core.run.lines import line_of
+from sft_core.run.runlog import answers_of
 
 
 def evaluated(config: GRPOConfig, model: str, step: int) -> None:
@@ -32,15 +33,15 @@ def evaluated(config: GRPOConfig, model: str, step: int) -> None:
         samples=of_model.eval_samples,
         seed=of_model.seed,
     )
-    lines = [json.dumps(asdict(answer)) + "\n" for answer in found.answers]
-    _path(config, step).write_text("".join(lines), encoding="utf-8")
+    lines = [line_of(asdict(answer)) for answer in found.answers]
+    _place(config, step).write_text("".join(lines), encoding="utf-8")
 
 
 def answered_before(config: GRPOConfig) -> int:
     """Write the answers before training, which all runs of a start have in common: the first of them gives the answers
     and leaves them beside the model, the others copy them. The number of problems."""
     name = f"{config.eval_problems}x{config.eval_samples}-{config.max_completion_tokens}-{config.precision}"
-    kept, own = Path(config.model).parent / f"before-{name}.jsonl", _path(config, 0)
+    kept, own = Path(config.model).parent / f"before-{name}.jsonl", _place(config, 0)
     if kept.is_file():
         shutil.copy(kept, own)
     else:
@@ -51,10 +52,10 @@ def answered_before(config: GRPOConfig) -> int:
     return len(read_jsonl(own))
 
 
-def _path(config: GRPOConfig, step: int) -> Path:
-    folder = Path(config.output_dir) / "heldout"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"step-{step:06}.jsonl"
+def _place(config: GRPOConfig, step: int) -> Path:
+    path = answers_of(Path(config.output_dir), step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def is_right(row: dict[str, Any]) -> bool:

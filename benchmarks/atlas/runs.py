@@ -24,6 +24,7 @@ from grpo_core.train import PRESETS, begin
 from rewards.jsonl import read_jsonl
 from sft_core.cli import parse_config
 from sft_core.run.provenance import provenance
+from sft_core.run.runlog import answers_of
 
 TOGETHER = 5  # steps whose means are one point of a curve
 # Means over the steps of a point: the name in the record, and the log's.
@@ -97,7 +98,7 @@ def trained_by_trl(config: GRPOConfig) -> tuple[list[Record], list[Record]]:
 
 def held_out(folder: Path, step: int) -> Record:
     """The answers of an evaluation: a digit for each problem, and the samples' lengths."""
-    answers = read_answers(folder / "heldout" / f"step-{step:06}.jsonl")
+    answers = read_answers(answers_of(folder, step))
     samples = [sample for answer in answers for sample in answer.samples]
     return {
         "greedy": "".join(str(int(answer.strict)) for answer in answers),

@@ -193,7 +193,7 @@ class RunFolder:
 
     def answers_path(self, step: int) -> Path:
         """Where the answers of an evaluation are kept."""
-        return self.path / "heldout" / f"step-{step:06d}.jsonl"
+        return answers_of(self.path, step)
 
     def save_answers(self, step: int, answers: Iterable[dict[str, Any]]) -> None:
         self.write(str(self.answers_path(step).relative_to(self.path)), "".join(line_of(answer) for answer in answers))
@@ -251,6 +251,11 @@ class RunFolder:
 def checkpoint_of(run: Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+def answers_of(run: Path, step: int) -> Path:
+    """Where a run keeps the answers of an evaluation."""
+    return run / "heldout" / f"step-{step:06d}.jsonl"
 
 
 def fresh_folder(kind: str) -> Path:
